@@ -1,0 +1,377 @@
+//! Softmax attention over everything before, or over a window and the first tokens ("sinks").
+//!
+//! Forward and backward work on blocks of query rows of one key/value head: the visible keys are gathered, and each
+//! block is two (backward: five) matrix products with a row-wise softmax between. The query heads of a group are
+//! stacked as rows. Cost is linear in the length with a window.
+
+use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequence, Sequences, Tensor};
+
+use crate::elementwise::softmax_backward_row;
+use crate::gemm::{matmul, rows};
+use crate::math::{add_scaled, dot, exp, maximum, softmax};
+use crate::parallel::{Disjoint, for_tasks, vectorized};
+
+const BLOCK: usize = 64;
+/// Keys that one task of a one-token step looks at.
+const STEP_CHUNK: usize = 2048;
+
+/// Sizes that q `[N, H, D]` and k `[N, K, D]` have.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) query: usize,
+    pub(crate) kv: usize,
+    pub(crate) dim: usize,
+}
+
+impl Heads {
+    pub(crate) fn of(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Self> {
+        let heads = Self { query: q.dim(1), kv: k.dim(1), dim: q.dim(2) };
+        let fits = heads.kv > 0 && heads.query % heads.kv == 0 && k.dim(2) == heads.dim;
+        if fits && q.dim(0) == k.dim(0) && q.dim(0) == sequences.rows() {
+            return Ok(heads);
+        }
+        let expected = format!("{} rows of query heads that are a multiple of {:?}'s", sequences.rows(), k.shape());
+        Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
+    }
+
+    pub(crate) fn group(self) -> usize {
+        self.query / self.kv
+    }
+
+    /// Where row `t` of the query group of key/value head `head` begins; its `group * dim` elements are contiguous.
+    pub(crate) fn query_at(self, t: usize, head: usize) -> usize {
+        (t * self.query + head * self.group()) * self.dim
+    }
+
+    fn kv_at(self, t: usize, head: usize) -> usize {
+        (t * self.kv + head) * self.dim
+    }
+}
+
+/// Keys or values of one head: those of this batch, and before them those of a cache.
+struct Source<'a> {
+    new: &'a [f32],
+    past: Option<&'a [f32]>,
+    cache_rows: usize,
+    spec: AttentionSpec,
+    sequence: Sequence,
+    heads: Heads,
+    head: usize,
+}
+
+impl Source<'_> {
+    fn row(&self, position: usize) -> &[f32] {
+        let d = self.heads.dim;
+        match (self.past, position.checked_sub(self.sequence.position)) {
+            (_, Some(t)) => {
+                let at = self.heads.kv_at(self.sequence.start + t, self.head);
+                &self.new[at..at + d]
+            }
+            (Some(past), None) => {
+                let row = KeyValueCache::row(self.spec, position);
+                let at = ((self.sequence.slot * self.heads.kv + self.head) * self.cache_rows + row) * d;
+                &past[at..at + d]
+            }
+            (None, None) => &[],
+        }
+    }
+
+    fn gather(&self, positions: &[usize]) -> Vec<f32> {
+        let mut rows = Vec::with_capacity(positions.len() * self.heads.dim);
+        for &position in positions {
+            rows.extend_from_slice(self.row(position));
+        }
+        rows
+    }
+}
+
+/// Positions that any of the queries `from..to` sees, in order.
+fn visible(spec: AttentionSpec, oldest: usize, from: usize, to: usize) -> Vec<usize> {
+    let low = spec.window.map_or(oldest, |w| (from + 1).saturating_sub(w).max(oldest));
+    (oldest..spec.sinks.min(low).max(oldest)).chain(low..to).collect()
+}
+
+/// Scores of one block, soft-maxed: row (i, g) against the visible keys.
+fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &[usize], h: Heads) -> Vec<f32> {
+    let (group, n) = (h.group(), seen.len());
+    let count = q.len() / h.dim;
+    let mut scores = vec![0.0f32; count * n];
+    let scale = 1.0 / (h.dim as f32).sqrt();
+    let sizes = (count, n, h.dim);
+    matmul(&mut scores, n, sizes, rows(q, h.dim), rows(k, h.dim).t(), scale, false, gemm::Parallelism::None);
+    vectorized(|| {
+        for (r, row) in scores.chunks_exact_mut(n).enumerate() {
+            let position = from + r / group;
+            for (score, &key) in row.iter_mut().zip(seen) {
+                let in_window = spec.window.is_none_or(|w| position < key + w);
+                if key > position || !(in_window || key < spec.sinks) {
+                    *score = f32::NEG_INFINITY;
+                }
+            }
+            softmax(row);
+        }
+    });
+    scores
+}
+
+fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
+    let width = heads.group() * heads.dim;
+    let mut rows = Vec::with_capacity(range.len() * width);
+    for t in range {
+        let at = heads.query_at(t, head);
+        rows.extend_from_slice(&x[at..at + width]);
+    }
+    rows
+}
+
+pub(crate) fn forward(
+    out: &mut Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    sequences: &Sequences,
+    spec: AttentionSpec,
+    mut cache: Option<&mut KeyValueCache>,
+) -> Result<()> {
+    let heads = Heads::of("attention_forward", q, k, sequences)?;
+    crate::elementwise::same_length("attention_forward", out, q)?;
+    crate::elementwise::same_length("attention_forward", v, k)?;
+    let (q, k, v) = (q.as_f32()?, k.as_f32()?, v.as_f32()?);
+    if let Some(cache) = cache.as_deref_mut() {
+        reserve(cache, sequences, heads)?;
+    }
+    if let (Some(cache), true) = (cache.as_deref_mut(), sequences.list().iter().all(|s| s.len == 1)) {
+        insert(cache, k, v, sequences, heads)?;
+        return step(out.as_f32_mut()?, q, cache, sequences, heads);
+    }
+
+    let mut tasks = Vec::new();
+    for sequence in sequences.list() {
+        for head in 0..heads.kv {
+            tasks.extend((0..sequence.len).step_by(BLOCK).map(|first| (*sequence, head, first)));
+        }
+    }
+    let past = match cache.as_deref() {
+        Some(cache) => Some((cache.keys.as_f32()?, cache.values.as_f32()?, cache.keys.dim(2))),
+        None => None,
+    };
+    let out = Disjoint::new(out.as_f32_mut()?);
+    for_tasks(tasks.len(), |task| {
+        let (sequence, head, first) = tasks[task];
+        let last = sequence.len.min(first + BLOCK);
+        let source = |new, past, cache_rows| Source { new, past, cache_rows, spec, sequence, heads, head };
+        let (keys, values) = match past {
+            Some((keys, values, rows)) => (source(k, Some(keys), rows), source(v, Some(values), rows)),
+            None => (source(k, None, 0), source(v, None, 0)),
+        };
+        let (from, to) = (sequence.position + first, sequence.position + last);
+        let oldest = if past.is_some() { 0 } else { sequence.position };
+        let seen = visible(spec, oldest, from, to);
+        let queries = gather_queries(q, heads, head, sequence.start + first..sequence.start + last);
+        let p = probabilities(&queries, &keys.gather(&seen), spec, from, &seen, heads);
+        let (count, d) = (queries.len() / heads.dim, heads.dim);
+        let mut block = queries; // its memory takes the result
+        let values = values.gather(&seen);
+        let sizes = (count, d, seen.len());
+        matmul(&mut block, d, sizes, rows(&p, seen.len()), rows(&values, d), 1.0, false, gemm::Parallelism::None);
+        let width = heads.group() * d;
+        for (t, row) in block.chunks_exact(width).enumerate() {
+            // SAFETY: each (token, head) belongs to exactly one task.
+            unsafe { out.slice(heads.query_at(sequence.start + first + t, head), width) }.copy_from_slice(row);
+        }
+    });
+    if let Some(cache) = cache {
+        insert(cache, k, v, sequences, heads)?;
+    }
+    Ok(())
+}
+
+/// Grows a cache without a window to hold the positions to come.
+fn reserve(cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
+    let have = cache.keys.dim(2);
+    let need = match cache.spec.window {
+        Some(window) => cache.spec.sinks + window,
+        None => sequences.list().iter().map(|s| s.position + s.len).max().unwrap_or(0),
+    };
+    if need <= have {
+        return Ok(());
+    }
+    // An eighth on top keeps the copying linear over a long generation, at little unused memory.
+    let grown_rows = if cache.spec.window.is_some() { need } else { need + (need / 8).max(64) };
+    let slots = cache.keys.dim(0);
+    for tensor in [&mut cache.keys, &mut cache.values] {
+        let mut grown = vec![0.0f32; slots * heads.kv * grown_rows * heads.dim];
+        let row = heads.dim;
+        if have > 0 {
+            let old = tensor.as_f32()?;
+            for (to, from) in grown.chunks_exact_mut(grown_rows * row).zip(old.chunks_exact(have * row)) {
+                to[..have * row].copy_from_slice(from);
+            }
+        }
+        *tensor = Tensor::host(&[slots, heads.kv, grown_rows, heads.dim], liger_tensor::Storage::F32(grown));
+    }
+    Ok(())
+}
+
+/// Puts the new keys and values in; of more rows than the ring holds, only the last stay.
+fn insert(cache: &mut KeyValueCache, k: &[f32], v: &[f32], sequences: &Sequences, heads: Heads) -> Result<()> {
+    let (spec, cache_rows, d) = (cache.spec, cache.keys.dim(2), heads.dim);
+    for (tensor, new) in [(&mut cache.keys, k), (&mut cache.values, v)] {
+        let held = tensor.as_f32_mut()?;
+        for s in sequences.list() {
+            let end = s.position + s.len;
+            for t in 0..s.len {
+                let position = s.position + t;
+                if position >= spec.sinks && spec.window.is_some_and(|w| position + w < end) {
+                    continue;
+                }
+                for head in 0..heads.kv {
+                    let row = KeyValueCache::row(spec, position);
+                    let at = ((s.slot * heads.kv + head) * cache_rows + row) * d;
+                    let from = heads.kv_at(s.start + t, head);
+                    held[at..at + d].copy_from_slice(&new[from..from + d]);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One token a sequence, its own key already in the cache. Long caches are cut into chunks for several threads, whose
+/// parts are merged by their maxima.
+fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
+    let (keys, values) = (cache.keys.as_f32()?, cache.values.as_f32()?);
+    let (cache_rows, d, group) = (cache.keys.dim(2), heads.dim, heads.group());
+    let scale = 1.0 / (d as f32).sqrt();
+    let mut tasks = Vec::new();
+    for s in sequences.list() {
+        let valid = cache.spec.window.map_or(s.position + 1, |w| (s.position + 1).min(cache.spec.sinks + w));
+        for head in 0..heads.kv {
+            tasks.extend((0..valid).step_by(STEP_CHUNK).map(|first| (*s, head, first, valid.min(first + STEP_CHUNK))));
+        }
+    }
+    // Per task and head of the group: the maximum, the sum of exponentials, the weighted sum of values.
+    let part = d + 2;
+    let mut parts = vec![0.0f32; tasks.len() * group * part];
+    let shared = Disjoint::new(&mut parts);
+    for_tasks(tasks.len(), |task| {
+        let (s, head, first, last) = tasks[task];
+        let base = (s.slot * heads.kv + head) * cache_rows;
+        let (keys, values) = (&keys[(base + first) * d..(base + last) * d], &values[(base + first) * d..]);
+        // SAFETY: a task has its own part.
+        let parts = unsafe { shared.slice(task * group * part, group * part) };
+        vectorized(|| {
+            let mut scores = vec![0.0f32; last - first];
+            for (g, part) in parts.chunks_exact_mut(part).enumerate() {
+                let at = heads.query_at(s.start, head) + g * d;
+                let query = &q[at..at + d];
+                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(d)) {
+                    *score = dot(query, key) * scale;
+                }
+                let max = maximum(&scores);
+                let (head_part, sum_part) = part.split_at_mut(2);
+                let mut sum = 0.0;
+                for (score, value) in scores.iter().zip(values.chunks_exact(d)) {
+                    let p = exp(score - max);
+                    sum += p;
+                    add_scaled(sum_part, p, value);
+                }
+                head_part.copy_from_slice(&[max, sum]);
+            }
+        });
+    });
+    let mut at = 0;
+    while at < tasks.len() {
+        let (s, head, ..) = tasks[at];
+        let count = tasks[at..].iter().take_while(|t| (t.0.start, t.1) == (s.start, head)).count();
+        for g in 0..group {
+            let part_of = |i: usize| &parts[((at + i) * group + g) * part..((at + i) * group + g + 1) * part];
+            let max = (0..count).map(|i| part_of(i)[0]).fold(f32::NEG_INFINITY, f32::max);
+            let row = heads.query_at(s.start, head) + g * d;
+            let out = &mut out[row..row + d];
+            out.fill(0.0);
+            let mut sum = 0.0;
+            for i in 0..count {
+                let weight = exp(part_of(i)[0] - max);
+                sum += weight * part_of(i)[1];
+                add_scaled(out, weight, &part_of(i)[2..]);
+            }
+            out.iter_mut().for_each(|x| *x /= sum);
+        }
+        at += count;
+    }
+    Ok(())
+}
+
+/// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn backward(
+    dq: &mut Tensor,
+    dk: &mut Tensor,
+    dv: &mut Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    dout: &Tensor,
+    sequences: &Sequences,
+    spec: AttentionSpec,
+) -> Result<()> {
+    let heads = Heads::of("attention_backward", q, k, sequences)?;
+    for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (v, k)] {
+        crate::elementwise::same_length("attention_backward", a, b)?;
+    }
+    let (q, k, v, dout) = (q.as_f32()?, k.as_f32()?, v.as_f32()?, dout.as_f32()?);
+    let (dq, dk, dv) =
+        (Disjoint::new(dq.as_f32_mut()?), Disjoint::new(dk.as_f32_mut()?), Disjoint::new(dv.as_f32_mut()?));
+    let d = heads.dim;
+    let width = heads.group() * d;
+    let alone = gemm::Parallelism::None;
+    for_tasks(sequences.list().len() * heads.kv, |task| {
+        let (sequence, head) = (sequences.list()[task / heads.kv], task % heads.kv);
+        let start = sequence.position;
+        let source = |new| Source { new, past: None, cache_rows: 0, spec, sequence, heads, head };
+        // Gradients of this head's keys and values, [T, D].
+        let mut all_dk = vec![0.0f32; sequence.len * d];
+        let mut all_dv = vec![0.0f32; sequence.len * d];
+        for first in (0..sequence.len).step_by(BLOCK) {
+            let last = sequence.len.min(first + BLOCK);
+            let seen = visible(spec, start, start + first, start + last);
+            let (keys, values) = (source(k).gather(&seen), source(v).gather(&seen));
+            let block = sequence.start + first..sequence.start + last;
+            let queries = gather_queries(q, heads, head, block.clone());
+            let dblock = gather_queries(dout, heads, head, block);
+            let (count, n) = (queries.len() / d, seen.len());
+            let p = probabilities(&queries, &keys, spec, start + first, &seen, heads);
+
+            let mut block_dv = vec![0.0f32; n * d];
+            matmul(&mut block_dv, d, (n, d, count), rows(&p, n).t(), rows(&dblock, d), 1.0, false, alone);
+            let mut ds = vec![0.0f32; count * n];
+            matmul(&mut ds, n, (count, n, d), rows(&dblock, d), rows(&values, d).t(), 1.0, false, alone);
+            vectorized(|| {
+                ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).for_each(|(ds, p)| softmax_backward_row(ds, p));
+            });
+            let scale = 1.0 / (d as f32).sqrt();
+            let mut block_dq = vec![0.0f32; count * d];
+            matmul(&mut block_dq, d, (count, d, n), rows(&ds, n), rows(&keys, d), scale, false, alone);
+            let mut block_dk = vec![0.0f32; n * d];
+            matmul(&mut block_dk, d, (n, d, count), rows(&ds, n).t(), rows(&queries, d), scale, false, alone);
+
+            for (i, &position) in seen.iter().enumerate() {
+                let to = (position - start) * d..(position - start + 1) * d;
+                add_scaled(&mut all_dk[to.clone()], 1.0, &block_dk[i * d..(i + 1) * d]);
+                add_scaled(&mut all_dv[to], 1.0, &block_dv[i * d..(i + 1) * d]);
+            }
+            for (t, row) in block_dq.chunks_exact(width).enumerate() {
+                // SAFETY: each (token, head) belongs to exactly one task.
+                unsafe { dq.slice(heads.query_at(sequence.start + first + t, head), width) }.copy_from_slice(row);
+            }
+        }
+        for (to, all) in [(&dk, &all_dk), (&dv, &all_dv)] {
+            for (t, row) in all.chunks_exact(d).enumerate() {
+                // SAFETY: as above.
+                unsafe { to.slice(heads.kv_at(sequence.start + t, head), d) }.copy_from_slice(row);
+            }
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,237 @@
+//! Norms, RoPE, SwiGLU, embedding, dropout and sums.
+
+use liger_tensor::{Error, Result, Storage, Tensor};
+
+use crate::math::{dot, exp, sigmoid, softmax};
+use crate::parallel::{for_rows, vectorized};
+
+pub(crate) fn same_length(operation: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
+    if a.len() == b.len() {
+        return Ok(());
+    }
+    Err(Error::Shape { operation, found: a.shape().to_vec(), expected: format!("as many elements as {:?}", b.shape()) })
+}
+
+fn whole_rows(operation: &'static str, x: &Tensor, width: usize) -> Result<()> {
+    if width > 0 && x.len() % width == 0 {
+        return Ok(());
+    }
+    Err(Error::Shape { operation, found: x.shape().to_vec(), expected: format!("rows of {width}") })
+}
+
+pub(crate) fn add_bias(x: &mut Tensor, bias: &Tensor) -> Result<()> {
+    whole_rows("add_bias", x, bias.len())?;
+    let bias = bias.as_f32()?;
+    for_rows(x.as_f32_mut()?, bias.len(), |_, rows| {
+        for row in rows.chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        }
+    });
+    Ok(())
+}
+
+pub(crate) fn axpby(y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()> {
+    same_length("axpby", y, x)?;
+    let x = x.as_f32()?;
+    for_rows(y.as_f32_mut()?, 1, |start, y| {
+        let x = &x[start..start + y.len()];
+        // `b = 0` must not read: the old elements may be anything.
+        vectorized(|| {
+            if b == 0.0 {
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x);
+            } else {
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x + b * *y);
+            }
+        });
+    });
+    Ok(())
+}
+
+pub(crate) fn rms_norm_forward(out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
+    same_length("rms_norm_forward", out, x)?;
+    whole_rows("rms_norm_forward", x, weight.len())?;
+    let (x, weight) = (x.as_f32()?, weight.as_f32()?);
+    let d = weight.len();
+    for_rows(out.as_f32_mut()?, d, |first, out| {
+        let x = &x[first * d..first * d + out.len()];
+        vectorized(|| {
+            for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                let scale = 1.0 / (dot(x, x) / d as f32 + epsilon).sqrt();
+                for i in 0..d {
+                    out[i] = x[i] * scale * weight[i];
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+/// With r = 1 / rms and h = weight dy: dx += r (h - x r^2 mean(h x)).
+pub(crate) fn rms_norm_backward(dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()> {
+    same_length("rms_norm_backward", dx, x)?;
+    same_length("rms_norm_backward", dy, x)?;
+    whole_rows("rms_norm_backward", x, weight.len())?;
+    let (x, weight, dy) = (x.as_f32()?, weight.as_f32()?, dy.as_f32()?);
+    let d = weight.len();
+    for_rows(dx.as_f32_mut()?, d, |first, dx| {
+        let range = first * d..first * d + dx.len();
+        let (x, dy) = (&x[range.clone()], &dy[range]);
+        vectorized(|| {
+            let mut h = vec![0.0f32; d];
+            for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
+                for i in 0..d {
+                    h[i] = weight[i] * dy[i];
+                }
+                let r = 1.0 / (dot(x, x) / d as f32 + epsilon).sqrt();
+                let pull = r * r * dot(&h, x) / d as f32;
+                for i in 0..d {
+                    dx[i] += r * (h[i] - x[i] * pull);
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+pub(crate) fn rope(x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
+    let (heads, d, half) = (x.dim(1), x.dim(2), cos.dim(1));
+    if d != 2 * half || x.dim(0) != cos.dim(0) || cos.len() != sin.len() {
+        let expected = format!("rows and half a head as in {:?}", cos.shape());
+        return Err(Error::Shape { operation: "rope", found: x.shape().to_vec(), expected });
+    }
+    let (cos, sin) = (cos.as_f32()?, sin.as_f32()?);
+    let sign = if inverse { -1.0 } else { 1.0 };
+    for_rows(x.as_f32_mut()?, heads * d, |first, rows| {
+        vectorized(|| {
+            for (t, row) in rows.chunks_exact_mut(heads * d).enumerate() {
+                let angles = (first + t) * half..(first + t + 1) * half;
+                let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
+                for head in row.chunks_exact_mut(d) {
+                    let (x1, x2) = head.split_at_mut(half);
+                    for i in 0..half {
+                        let (a, b, s) = (x1[i], x2[i], sign * sin[i]);
+                        x1[i] = a * cos[i] - b * s;
+                        x2[i] = b * cos[i] + a * s;
+                    }
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+pub(crate) fn swiglu_forward(out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    same_length("swiglu_forward", out, gate)?;
+    same_length("swiglu_forward", up, gate)?;
+    let (gate, up) = (gate.as_f32()?, up.as_f32()?);
+    for_rows(out.as_f32_mut()?, 1, |start, out| {
+        let (gate, up) = (&gate[start..start + out.len()], &up[start..start + out.len()]);
+        vectorized(|| {
+            for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+                *out = g * sigmoid(*g) * u;
+            }
+        });
+    });
+    Ok(())
+}
+
+/// silu'(g) = s (1 + g (1 - s)), s = sigmoid(g).
+pub(crate) fn swiglu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
+    same_length("swiglu_backward", gate, dout)?;
+    same_length("swiglu_backward", up, dout)?;
+    let (dout, up) = (dout.as_f32()?, crate::parallel::Disjoint::new(up.as_f32_mut()?));
+    for_rows(gate.as_f32_mut()?, 1, |start, gate| {
+        let dout = &dout[start..start + gate.len()];
+        // SAFETY: the pieces of `gate` do not overlap, and `up` is cut at the same places.
+        let up = unsafe { up.slice(start, gate.len()) };
+        vectorized(|| {
+            for ((g, u), d) in gate.iter_mut().zip(up).zip(dout) {
+                let s = sigmoid(*g);
+                let (dg, du) = (d * *u * s * (1.0 + *g * (1.0 - s)), d * *g * s);
+                (*g, *u) = (dg, du);
+            }
+        });
+    });
+    Ok(())
+}
+
+pub(crate) fn embedding(out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+    let (vocabulary, d) = (table.dim(0), table.dim(1));
+    if out.len() != ids.len() * d {
+        let expected = format!("{} rows of {d}", ids.len());
+        return Err(Error::Shape { operation: "embedding", found: out.shape().to_vec(), expected });
+    }
+    if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+        return Err(Error::TokenOutOfRange { id: i64::from(id), vocabulary });
+    }
+    for (row, &id) in out.as_f32_mut()?.chunks_exact_mut(d.max(1)).zip(ids) {
+        let range = id as usize * d..(id as usize + 1) * d;
+        match table.storage() {
+            Storage::F32(table) => row.copy_from_slice(&table[range]),
+            Storage::Bf16(table) => row.iter_mut().zip(&table[range]).for_each(|(x, t)| *x = t.to_f32()),
+            Storage::Device(_) => table.as_f32().map(|_| ())?,
+        }
+    }
+    Ok(())
+}
+
+/// A hash of (seed, index) decides each element, so that the mask needs no memory and can be made again.
+pub(crate) fn dropout(x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
+    let threshold = (f64::from(p) * u64::MAX as f64) as u64;
+    let keep = 1.0 / (1.0 - p);
+    for_rows(x.as_f32_mut()?, 1, |start, x| {
+        for (i, x) in x.iter_mut().enumerate() {
+            // splitmix64
+            let mut z = seed.wrapping_add(((start + i) as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            *x = if (z ^ (z >> 31)) < threshold { 0.0 } else { *x * keep };
+        }
+    });
+    Ok(())
+}
+
+pub(crate) fn softmax_forward(x: &mut Tensor) -> Result<()> {
+    let d = x.shape().last().copied().unwrap_or(1).max(1);
+    for_rows(x.as_f32_mut()?, d, |_, rows| vectorized(|| rows.chunks_exact_mut(d).for_each(softmax)));
+    Ok(())
+}
+
+/// dx = y (dy - sum(y dy)).
+pub(crate) fn softmax_backward(dy: &mut Tensor, y: &Tensor) -> Result<()> {
+    same_length("softmax_backward", dy, y)?;
+    let (d, y) = (y.shape().last().copied().unwrap_or(1).max(1), y.as_f32()?);
+    for_rows(dy.as_f32_mut()?, d, |first, dy| {
+        let y = &y[first * d..first * d + dy.len()];
+        vectorized(|| {
+            for (dy, y) in dy.chunks_exact_mut(d).zip(y.chunks_exact(d)) {
+                softmax_backward_row(dy, y);
+            }
+        });
+    });
+    Ok(())
+}
+
+#[inline(always)]
+pub(crate) fn softmax_backward_row(dy: &mut [f32], y: &[f32]) {
+    let inner = dot(dy, y);
+    for (dy, y) in dy.iter_mut().zip(y) {
+        *dy = y * (*dy - inner);
+    }
+}
+
+/// Row statistics that both losses need: the maximum and the sum of exponentials above it.
+#[inline(always)]
+pub(crate) fn log_sum_exp(row: &[f32]) -> f32 {
+    let max = crate::math::maximum(row);
+    let mut lanes = [0.0f32; 16];
+    let chunks = row.chunks_exact(16);
+    let mut sum: f32 = chunks.remainder().iter().map(|&x| exp(x - max)).sum();
+    for chunk in chunks {
+        for lane in 0..16 {
+            lanes[lane] += exp(chunk[lane] - max);
+        }
+    }
+    sum += lanes.iter().sum::<f32>();
+    max + sum.ln()
+}

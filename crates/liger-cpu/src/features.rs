@@ -1,0 +1,183 @@
+//! Feature maps of query and key, and the gates that come out of the key.
+
+use liger_tensor::{Error, FeatureMap, FeatureSpec, Gate, Result, Tensor};
+
+use crate::elementwise::{same_length, softmax_backward_row};
+use crate::math::{exp, sigmoid, softmax, softplus};
+use crate::parallel::{for_rows, vectorized};
+
+fn map_forward(out: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
+    same_length("features_forward", out, x)?;
+    let (d, x) = (x.dim(2), x.as_f32()?);
+    for_rows(out.as_f32_mut()?, d, |first, out| {
+        let x = &x[first * d..first * d + out.len()];
+        vectorized(|| match map {
+            FeatureMap::Softmax => {
+                out.copy_from_slice(x);
+                out.chunks_exact_mut(d).for_each(softmax);
+            }
+            // 1 - sigmoid(x) = sigmoid(-x), without the cancellation.
+            FeatureMap::OneMinusSigmoid => out.iter_mut().zip(x).for_each(|(y, x)| *y = sigmoid(-x)),
+        });
+    });
+    Ok(())
+}
+
+/// Overwrites the gradient of `map(x)` by that of `x`.
+fn map_backward(dy: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
+    same_length("features_backward", dy, x)?;
+    let (d, x) = (x.dim(2), x.as_f32()?);
+    for_rows(dy.as_f32_mut()?, d, |first, dy| {
+        let x = &x[first * d..first * d + dy.len()];
+        vectorized(|| match map {
+            FeatureMap::Softmax => {
+                let mut y = vec![0.0f32; d];
+                for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    y.copy_from_slice(x);
+                    softmax(&mut y);
+                    softmax_backward_row(dy, &y);
+                }
+            }
+            FeatureMap::OneMinusSigmoid => {
+                for (dy, x) in dy.iter_mut().zip(x) {
+                    let s = sigmoid(-x);
+                    *dy *= -s * (1.0 - s);
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+fn mean(row: &[f32]) -> f32 {
+    row.iter().sum::<f32>() / row.len() as f32
+}
+
+pub(crate) fn forward(
+    query: &mut Tensor,
+    key: &mut Tensor,
+    log_gate: &mut Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    spec: FeatureSpec,
+) -> Result<()> {
+    map_forward(query, q, spec.query)?;
+    map_forward(key, k, spec.key)?;
+    same_length("features_forward", log_gate, k)?;
+    let (d, k) = (k.dim(2), k.as_f32()?);
+    for_rows(log_gate.as_f32_mut()?, d, |first, out| {
+        let k = &k[first * d..first * d + out.len()];
+        match spec.gate {
+            Gate::LogSigmoid { divisor } => {
+                out.iter_mut().zip(k).for_each(|(g, k)| *g = -softplus(-k) / divisor);
+            }
+            Gate::NegativeExp => vectorized(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -exp(*k))),
+            Gate::MeanLogSigmoid | Gate::MeanNegativeSoftplus => {
+                let sign = if spec.gate == Gate::MeanLogSigmoid { -1.0 } else { 1.0 };
+                for (out, k) in out.chunks_exact_mut(d).zip(k.chunks_exact(d)) {
+                    out.fill(-softplus(sign * mean(k)));
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+pub(crate) fn backward(
+    dquery: &mut Tensor,
+    dkey: &mut Tensor,
+    dlog_gate: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    spec: FeatureSpec,
+) -> Result<()> {
+    map_backward(dquery, q, spec.query)?;
+    map_backward(dkey, k, spec.key)?;
+    same_length("features_backward", dlog_gate, k)?;
+    let (d, k, dlog_gate) = (k.dim(2), k.as_f32()?, dlog_gate.as_f32()?);
+    for_rows(dkey.as_f32_mut()?, d, |first, dk| {
+        let range = first * d..first * d + dk.len();
+        let (k, dg) = (&k[range.clone()], &dlog_gate[range]);
+        vectorized(|| match spec.gate {
+            Gate::LogSigmoid { divisor } => {
+                for ((dk, k), dg) in dk.iter_mut().zip(k).zip(dg) {
+                    *dk += dg * sigmoid(-k) / divisor;
+                }
+            }
+            Gate::NegativeExp => {
+                for ((dk, k), dg) in dk.iter_mut().zip(k).zip(dg) {
+                    // Below the clamp the gate's gradient is exactly 0, and exp(k) may be infinite.
+                    *dk -= if *dg == 0.0 { 0.0 } else { dg * exp(*k) };
+                }
+            }
+            Gate::MeanLogSigmoid | Gate::MeanNegativeSoftplus => {
+                for ((dk, k), dg) in dk.chunks_exact_mut(d).zip(k.chunks_exact(d)).zip(dg.chunks_exact(d)) {
+                    // d logsigmoid(m) = sigmoid(-m); d -softplus(m) = -sigmoid(m); the mean spreads it over the head.
+                    let m = mean(k);
+                    let slope = if spec.gate == Gate::MeanLogSigmoid { sigmoid(-m) } else { -sigmoid(m) };
+                    let share = slope * dg.iter().sum::<f32>() / d as f32;
+                    dk.iter_mut().for_each(|dk| *dk += share);
+                }
+            }
+        });
+    });
+    Ok(())
+}
+
+/// Stretch of the head that slot `m` of `slots` is the mean of: PyTorch's adaptive average pooling.
+fn stretch(m: usize, slots: usize, d: usize) -> std::ops::Range<usize> {
+    m * d / slots..((m + 1) * d).div_ceil(slots)
+}
+
+fn slot_sizes(operation: &'static str, gates: &Tensor, k: &Tensor) -> Result<(usize, usize)> {
+    let (d, slots) = (k.dim(2), gates.dim(2));
+    if gates.len() * d == k.len() * slots {
+        return Ok((d, slots));
+    }
+    let expected = format!("the rows and heads of {:?}", k.shape());
+    Err(Error::Shape { operation, found: gates.shape().to_vec(), expected })
+}
+
+const GSA_DIVISOR: f32 = 16.0;
+
+pub(crate) fn slot_gates_forward(log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {
+    same_length("slot_gates_forward", write, log_gate)?;
+    let (d, slots) = slot_sizes("slot_gates_forward", log_gate, k)?;
+    let k = k.as_f32()?;
+    let write = crate::parallel::Disjoint::new(write.as_f32_mut()?);
+    for_rows(log_gate.as_f32_mut()?, slots, |first, log_gate| {
+        // SAFETY: cut at the places where `log_gate` is.
+        let write = unsafe { write.slice(first * slots, log_gate.len()) };
+        let rows = log_gate.chunks_exact_mut(slots).zip(write.chunks_exact_mut(slots));
+        for ((gates, writes), k) in rows.zip(k[first * d..].chunks_exact(d)) {
+            for m in 0..slots {
+                gates[m] = -softplus(-mean(&k[stretch(m, slots, d)])) / GSA_DIVISOR;
+                writes[m] = -gates[m].exp_m1();
+            }
+        }
+    });
+    Ok(())
+}
+
+/// write = 1 - exp(g), so both gradients meet in g: dg - exp(g) dwrite.
+pub(crate) fn slot_gates_backward(dk: &mut Tensor, dlog_gate: &Tensor, dwrite: &Tensor, k: &Tensor) -> Result<()> {
+    same_length("slot_gates_backward", dk, k)?;
+    same_length("slot_gates_backward", dwrite, dlog_gate)?;
+    let (d, slots) = slot_sizes("slot_gates_backward", dlog_gate, k)?;
+    let (k, dlog_gate, dwrite) = (k.as_f32()?, dlog_gate.as_f32()?, dwrite.as_f32()?);
+    for_rows(dk.as_f32_mut()?, d, |first, dk| {
+        for (row, dk) in dk.chunks_exact_mut(d).enumerate() {
+            let k = &k[(first + row) * d..(first + row + 1) * d];
+            for m in 0..slots {
+                let range = stretch(m, slots, d);
+                let pooled = mean(&k[range.clone()]);
+                let gate = (-softplus(-pooled) / GSA_DIVISOR).exp();
+                let at = (first + row) * slots + m;
+                let total = (dlog_gate[at] - gate * dwrite[at]) * sigmoid(-pooled) / GSA_DIVISOR;
+                let share = total / range.len() as f32;
+                dk[range].iter_mut().for_each(|dk| *dk += share);
+            }
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,269 @@
+//! The operations of `liger-tensor` on any CPU: plain loops that the compiler turns into vector code for the CPU at
+//! hand (chosen when the program runs), matrix products by the `gemm` crate, threads by rayon.
+//!
+//! ```
+//! use liger_tensor::{Gemm, Ops};
+//! let cpu = liger_cpu::Cpu::new();
+//! let x = cpu.upload(vec![1.0, 2.0], &[1, 2], liger_tensor::DType::F32)?;
+//! let w = cpu.upload(vec![1.0, 1.0, 0.5, 0.0], &[2, 2], liger_tensor::DType::F32)?;
+//! let mut y = cpu.empty(&[1, 2])?;
+//! cpu.gemm(&mut y, &x, &w, Gemm::LINEAR)?;
+//! assert_eq!(cpu.download(&y)?, [3.0, 0.5]);
+//! # Ok::<(), liger_tensor::Error>(())
+//! ```
+
+mod attention;
+mod elementwise;
+mod features;
+mod gemm;
+mod loss;
+mod math;
+mod parallel;
+mod recurrence;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use half::bf16;
+use liger_tensor::{
+    AdamwStep, AttentionSpec, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
+    RecurrenceGradients, Result, Sequences, Storage, Tensor,
+};
+
+/// The CPU as a device.
+#[derive(Default)]
+pub struct Cpu {
+    pool: Arc<Pool>,
+}
+
+impl Cpu {
+    /// The CPU, on the threads of the global rayon pool.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+fn check_rows(operation: &'static str, large: &Tensor, small: &Tensor, start: usize) -> Result<(usize, usize)> {
+    let width = large.len() / large.dim(0).max(1);
+    let count = small.dim(0);
+    if small.len() == count * width && start + count <= large.dim(0) {
+        return Ok((start * width, count * width));
+    }
+    let expected = format!("rows {start}.. of {:?}", large.shape());
+    Err(Error::Shape { operation, found: small.shape().to_vec(), expected })
+}
+
+impl Ops for Cpu {
+    fn describe(&self) -> String {
+        format!("cpu, {} threads, {:?}", rayon::current_num_threads(), pulp::Arch::new())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn empty(&self, shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::pooled(shape, &self.pool))
+    }
+
+    fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
+        let mut tensor = self.empty(shape)?;
+        tensor.as_f32_mut()?.fill(0.0);
+        Ok(tensor)
+    }
+
+    fn upload(&self, data: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        if data.len() != shape.iter().product::<usize>() {
+            let expected = format!("{} elements", data.len());
+            return Err(Error::Shape { operation: "upload", found: shape.to_vec(), expected });
+        }
+        Ok(Tensor::host(
+            shape,
+            match dtype {
+                DType::F32 => Storage::F32(data),
+                DType::Bf16 => Storage::Bf16(data.into_iter().map(bf16::from_f32).collect()),
+            },
+        ))
+    }
+
+    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
+        match tensor.storage() {
+            Storage::F32(data) => Ok(data.clone()),
+            Storage::Bf16(data) => Ok(data.iter().map(|x| x.to_f32()).collect()),
+            Storage::Device(_) => tensor.as_f32().map(<[f32]>::to_vec),
+        }
+    }
+
+    fn copy_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
+        let (at, count) = check_rows("copy_rows", source, destination, start)?;
+        destination.as_f32_mut()?.copy_from_slice(&source.as_f32()?[at..at + count]);
+        Ok(())
+    }
+
+    fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
+        let (at, count) = check_rows("write_rows", destination, source, start)?;
+        destination.as_f32_mut()?[at..at + count].copy_from_slice(source.as_f32()?);
+        Ok(())
+    }
+
+    fn trim(&self) {
+        self.pool.trim();
+    }
+
+    fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
+        gemm::gemm(c, a, b, how)
+    }
+
+    fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {
+        elementwise::add_bias(x, bias)
+    }
+
+    fn axpby(&self, y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()> {
+        elementwise::axpby(y, a, x, b)
+    }
+
+    fn rms_norm_forward(&self, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
+        elementwise::rms_norm_forward(out, x, weight, epsilon)
+    }
+
+    fn rms_norm_backward(&self, dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()> {
+        elementwise::rms_norm_backward(dx, x, weight, epsilon, dy)
+    }
+
+    fn rope(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
+        elementwise::rope(x, cos, sin, inverse)
+    }
+
+    fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+        elementwise::swiglu_forward(out, gate, up)
+    }
+
+    fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
+        elementwise::swiglu_backward(gate, up, dout)
+    }
+
+    fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
+        elementwise::embedding(out, table, ids)
+    }
+
+    fn dropout(&self, x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
+        elementwise::dropout(x, p, seed)
+    }
+
+    fn attention_forward(
+        &self,
+        out: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        sequences: &Sequences,
+        spec: AttentionSpec,
+        cache: Option<&mut KeyValueCache>,
+    ) -> Result<()> {
+        attention::forward(out, q, k, v, sequences, spec, cache)
+    }
+
+    fn attention_backward(
+        &self,
+        dq: &mut Tensor,
+        dk: &mut Tensor,
+        dv: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _out: &Tensor,
+        dout: &Tensor,
+        sequences: &Sequences,
+        spec: AttentionSpec,
+    ) -> Result<()> {
+        attention::backward(dq, dk, dv, q, k, v, dout, sequences, spec)
+    }
+
+    fn features_forward(
+        &self,
+        query: &mut Tensor,
+        key: &mut Tensor,
+        log_gate: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        spec: FeatureSpec,
+    ) -> Result<()> {
+        features::forward(query, key, log_gate, q, k, spec)
+    }
+
+    fn features_backward(
+        &self,
+        dquery: &mut Tensor,
+        dkey: &mut Tensor,
+        dlog_gate: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        spec: FeatureSpec,
+    ) -> Result<()> {
+        features::backward(dquery, dkey, dlog_gate, q, k, spec)
+    }
+
+    fn slot_gates_forward(&self, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {
+        features::slot_gates_forward(log_gate, write, k)
+    }
+
+    fn slot_gates_backward(&self, dk: &mut Tensor, dlog_gate: &Tensor, dwrite: &Tensor, k: &Tensor) -> Result<()> {
+        features::slot_gates_backward(dk, dlog_gate, dwrite, k)
+    }
+
+    fn softmax_forward(&self, x: &mut Tensor) -> Result<()> {
+        elementwise::softmax_forward(x)
+    }
+
+    fn softmax_backward(&self, dy: &mut Tensor, y: &Tensor) -> Result<()> {
+        elementwise::softmax_backward(dy, y)
+    }
+
+    fn gated_recurrence_forward(
+        &self,
+        out: &mut Tensor,
+        inputs: Recurrence<'_>,
+        state: Option<&mut Tensor>,
+    ) -> Result<()> {
+        recurrence::forward(out, inputs, state)
+    }
+
+    fn gated_recurrence_backward(
+        &self,
+        gradients: RecurrenceGradients<'_>,
+        inputs: Recurrence<'_>,
+        initial: Option<&Tensor>,
+        dout: &Tensor,
+    ) -> Result<()> {
+        recurrence::backward(gradients, inputs, initial, dout)
+    }
+
+    fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
+        loss::cross_entropy(logits, labels, gradient_scale)
+    }
+
+    fn kl_divergence(
+        &self,
+        student: &mut Tensor,
+        teacher: &mut Tensor,
+        count: &[bool],
+        gradient_scale: Option<f32>,
+    ) -> Result<Vec<f32>> {
+        loss::kl_divergence(student, teacher, count, gradient_scale)
+    }
+
+    fn sum_of_squares(&self, x: &Tensor) -> Result<f64> {
+        loss::sum_of_squares(x)
+    }
+
+    fn adamw(
+        &self,
+        parameter: &mut Tensor,
+        gradient: &Tensor,
+        first_moment: &mut Tensor,
+        second_moment: &mut Tensor,
+        step: AdamwStep,
+    ) -> Result<()> {
+        loss::adamw(parameter, gradient, first_moment, second_moment, step)
+    }
+}

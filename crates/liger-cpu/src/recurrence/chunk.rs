@@ -1,0 +1,262 @@
+//! The three sums over pairs of tokens of a chunk that the gated recurrence is made of, forward and backward.
+//!
+//! With E_ijd = exp(g_{j+1,d} + ... + g_{i,d}) for j <= i, else 0, and rows x [C, G, D], columns y [C, D]:
+//! - [`Chunk::scores`]     A_igj = sum_d x_igd y_jd E_ijd
+//! - [`Chunk::to_rows`]    o_igd = sum_j A_igj y_jd E_ijd
+//! - [`Chunk::to_columns`] z_jd  = sum_ig A_igj x_igd E_ijd
+//!
+//! No exponential of a positive number is ever taken, and no two large sums are subtracted: a chunk is cut into
+//! sub-chunks of 16 tokens. Between two of them the decay factors at their border into two that are each at most 1,
+//! and the sum over pairs is a matrix product; inside one, the exponent is summed up pair by pair.
+
+use crate::gemm::{matmul, rows};
+use crate::math::{add_scaled, dot, exp};
+use crate::parallel::vectorized;
+
+/// Tokens of a chunk.
+pub(crate) const CHUNK: usize = 64;
+const SUB: usize = 16;
+const ALONE: gemm::Parallelism = gemm::Parallelism::None;
+
+/// The decays of one chunk, from its log gates `[C, D]`, which are at least -40.
+pub(crate) struct Chunk<'a> {
+    gates: &'a [f32],
+    len: usize,
+    dim: usize,
+    group: usize,
+    /// exp(gates summed from the row's sub-chunk's first token to the row), `[C, D]`.
+    row_decay: Vec<f32>,
+    /// Gates summed from after the row to the end of its sub-chunk, `[C, D]`.
+    to_sub_end: Vec<f32>,
+    /// Gates summed over each sub-chunk, `[subs, D]`.
+    totals: Vec<f32>,
+}
+
+impl<'a> Chunk<'a> {
+    pub(crate) fn new(gates: &'a [f32], dim: usize, group: usize) -> Self {
+        let len = gates.len() / dim;
+        let subs = len.div_ceil(SUB);
+        let mut chunk = Self {
+            gates,
+            len,
+            dim,
+            group,
+            row_decay: vec![0.0; gates.len()],
+            to_sub_end: vec![0.0; gates.len()],
+            totals: vec![0.0; subs * dim],
+        };
+        vectorized(|| {
+            for sub in 0..subs {
+                let range = sub * SUB..len.min((sub + 1) * SUB);
+                let total = &mut chunk.totals[sub * dim..(sub + 1) * dim];
+                for i in range.clone() {
+                    add_scaled(total, 1.0, &gates[i * dim..(i + 1) * dim]);
+                    for (decay, sum) in chunk.row_decay[i * dim..(i + 1) * dim].iter_mut().zip(&*total) {
+                        *decay = exp(*sum);
+                    }
+                }
+                for i in range.rev().skip(1) {
+                    let (now, after) = chunk.to_sub_end[i * dim..(i + 2) * dim].split_at_mut(dim);
+                    for d in 0..dim {
+                        now[d] = after[d] + gates[(i + 1) * dim + d];
+                    }
+                }
+            }
+        });
+        chunk
+    }
+
+    fn sub(&self, i: usize) -> std::ops::Range<usize> {
+        i * SUB..self.len.min((i + 1) * SUB)
+    }
+
+    fn subs(&self) -> usize {
+        self.len.div_ceil(SUB)
+    }
+
+    /// Gates summed over sub-chunks `range`.
+    fn between(&self, range: std::ops::Range<usize>) -> Vec<f32> {
+        let mut sum = vec![0.0f32; self.dim];
+        for sub in range {
+            add_scaled(&mut sum, 1.0, &self.totals[sub * self.dim..(sub + 1) * self.dim]);
+        }
+        sum
+    }
+
+    /// exp of all gates of the chunk, `[D]`.
+    pub(crate) fn total_decay(&self) -> Vec<f32> {
+        self.between(0..self.subs()).iter().map(|&sum| exp(sum)).collect()
+    }
+
+    /// exp(gates summed from the chunk's first token to each row), `[C, D]`: the decay of the state before the chunk.
+    pub(crate) fn from_start(&self) -> Vec<f32> {
+        let mut decay = self.row_decay.clone();
+        vectorized(|| {
+            for sub in 1..self.subs() {
+                let before: Vec<f32> = self.between(0..sub).iter().map(|&sum| exp(sum)).collect();
+                for i in self.sub(sub) {
+                    decay[i * self.dim..(i + 1) * self.dim].iter_mut().zip(&before).for_each(|(x, b)| *x *= b);
+                }
+            }
+        });
+        decay
+    }
+
+    /// exp(gates summed from after each row to the chunk's end), `[C, D]`.
+    pub(crate) fn to_end(&self) -> Vec<f32> {
+        self.column_decay(self.subs())
+    }
+
+    /// Decay of columns `0..first of sub` from themselves to just before sub-chunk `sub`.
+    fn column_decay(&self, sub: usize) -> Vec<f32> {
+        let columns = self.len.min(sub * SUB);
+        let mut decay = vec![0.0f32; columns * self.dim];
+        vectorized(|| {
+            for column_sub in 0..sub {
+                let between = self.between(column_sub + 1..sub);
+                for j in self.sub(column_sub) {
+                    let range = j * self.dim..(j + 1) * self.dim;
+                    for ((x, s), b) in decay[range.clone()].iter_mut().zip(&self.to_sub_end[range]).zip(&between) {
+                        *x = exp(s + b);
+                    }
+                }
+            }
+        });
+        decay
+    }
+
+    /// Rows of `x [C, G, D]` that belong to sub-chunk `sub`, times their row decay.
+    fn decayed_rows(&self, x: &[f32], sub: usize) -> Vec<f32> {
+        let width = self.group * self.dim;
+        let mut scaled = x[sub * SUB * width..self.sub(sub).end * width].to_vec();
+        self.decay_rows(&mut scaled, sub);
+        scaled
+    }
+
+    fn decay_rows(&self, x: &mut [f32], sub: usize) {
+        vectorized(|| {
+            for (row, x) in x.chunks_exact_mut(self.dim).enumerate() {
+                let i = sub * SUB + row / self.group;
+                let decay = &self.row_decay[i * self.dim..(i + 1) * self.dim];
+                x.iter_mut().zip(decay).for_each(|(x, e)| *x *= e);
+            }
+        });
+    }
+
+    /// Calls `f(i, j, decay of the pair [D])` for the pairs j <= i inside sub-chunk `sub`.
+    #[inline(always)]
+    fn for_pairs(&self, sub: usize, mut f: impl FnMut(usize, usize, &[f32])) {
+        let dim = self.dim;
+        let (mut sum, mut decay) = (vec![0.0f32; dim], vec![0.0f32; dim]);
+        for i in self.sub(sub) {
+            sum.fill(0.0);
+            decay.fill(1.0);
+            f(i, i, &decay);
+            for j in (sub * SUB..i).rev() {
+                let gates = &self.gates[(j + 1) * dim..(j + 2) * dim];
+                for d in 0..dim {
+                    sum[d] += gates[d];
+                    decay[d] = exp(sum[d]);
+                }
+                f(i, j, &decay);
+            }
+        }
+    }
+
+    /// A `[C, G, C]`, zero where j > i.
+    pub(crate) fn scores(&self, x: &[f32], y: &[f32]) -> Vec<f32> {
+        let (dim, group, len) = (self.dim, self.group, self.len);
+        let mut a = vec![0.0f32; len * group * len];
+        for sub in 0..self.subs() {
+            if sub > 0 {
+                let scaled_rows = self.decayed_rows(x, sub);
+                let mut columns = self.column_decay(sub);
+                vectorized(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y));
+                let sizes = (scaled_rows.len() / dim, sub * SUB, dim);
+                let first = sub * SUB * group * len;
+                let (x_rows, y_columns) = (rows(&scaled_rows, dim), rows(&columns, dim).t());
+                matmul(&mut a[first..], len, sizes, x_rows, y_columns, 1.0, false, ALONE);
+            }
+            vectorized(|| {
+                let mut scaled = vec![0.0f32; dim];
+                self.for_pairs(sub, |i, j, decay| {
+                    for d in 0..dim {
+                        scaled[d] = decay[d] * y[j * dim + d];
+                    }
+                    for g in 0..group {
+                        let row = i * group + g;
+                        a[row * len + j] = dot(&x[row * dim..(row + 1) * dim], &scaled);
+                    }
+                });
+            });
+        }
+        a
+    }
+
+    /// o `[C, G, D]`.
+    pub(crate) fn to_rows(&self, a: &[f32], y: &[f32]) -> Vec<f32> {
+        let (dim, group, len) = (self.dim, self.group, self.len);
+        let mut out = vec![0.0f32; len * group * dim];
+        for sub in 0..self.subs() {
+            let first = sub * SUB * group;
+            if sub > 0 {
+                let mut columns = self.column_decay(sub);
+                vectorized(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y));
+                let sizes = (self.sub(sub).len() * group, dim, sub * SUB);
+                let block = &mut out[first * dim..self.sub(sub).end * group * dim];
+                matmul(block, dim, sizes, rows(&a[first * len..], len), rows(&columns, dim), 1.0, false, ALONE);
+                self.decay_rows(block, sub);
+            }
+            vectorized(|| {
+                self.for_pairs(sub, |i, j, decay| {
+                    let y = &y[j * dim..(j + 1) * dim];
+                    for g in 0..group {
+                        let row = i * group + g;
+                        let weight = a[row * len + j];
+                        let out = &mut out[row * dim..(row + 1) * dim];
+                        for d in 0..dim {
+                            out[d] += weight * decay[d] * y[d];
+                        }
+                    }
+                });
+            });
+        }
+        out
+    }
+
+    /// z `[C, D]`.
+    pub(crate) fn to_columns(&self, a: &[f32], x: &[f32]) -> Vec<f32> {
+        let (dim, group, len) = (self.dim, self.group, self.len);
+        let mut out = vec![0.0f32; len * dim];
+        for sub in 0..self.subs() {
+            if sub > 0 {
+                let scaled_rows = self.decayed_rows(x, sub);
+                let count = scaled_rows.len() / dim;
+                let mut block = vec![0.0f32; sub * SUB * dim];
+                let weights = rows(&a[sub * SUB * group * len..], len).t();
+                let sizes = (sub * SUB, dim, count);
+                matmul(&mut block, dim, sizes, weights, rows(&scaled_rows, dim), 1.0, false, ALONE);
+                let decay = self.column_decay(sub);
+                vectorized(|| {
+                    for ((z, b), e) in out.iter_mut().zip(&block).zip(&decay) {
+                        *z += b * e;
+                    }
+                });
+            }
+            vectorized(|| {
+                self.for_pairs(sub, |i, j, decay| {
+                    let z = &mut out[j * dim..(j + 1) * dim];
+                    for g in 0..group {
+                        let row = i * group + g;
+                        let weight = a[row * len + j];
+                        let x = &x[row * dim..(row + 1) * dim];
+                        for d in 0..dim {
+                            z[d] += weight * decay[d] * x[d];
+                        }
+                    }
+                });
+            });
+        }
+        out
+    }
+}

@@ -1,0 +1,179 @@
+//! Liger Attention: `alpha * recurrent + beta * window` (arXiv 2503.01496, equation 9).
+
+use liger_tensor::{AttentionSpec, GateAxis, KeyValueCache, Ops, Recurrence, RecurrenceGradients, Sequences, Tensor};
+
+use super::structures::{Form, Slots, SlotsGradients, Structure};
+use crate::config::{LigerConfig, ModelConfig};
+use crate::error::Result;
+
+/// The settings of one layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Liger {
+    pub(crate) structure: Structure,
+    pub(crate) spec: AttentionSpec,
+    pub(crate) alpha: f32,
+    pub(crate) beta: f32,
+    /// Memory slots, for gsa.
+    pub(crate) slots: usize,
+}
+
+/// q, k, v of a layer: before RoPE for the recurrence, after it for the window.
+pub(crate) struct Projected<'a> {
+    pub(crate) q: &'a Tensor,
+    pub(crate) k: &'a Tensor,
+    pub(crate) v: &'a Tensor,
+    pub(crate) rope_q: &'a Tensor,
+    pub(crate) rope_k: &'a Tensor,
+}
+
+/// What the backward needs again.
+pub(crate) struct LigerActivations {
+    pub(crate) window: Tensor,
+    /// `None` where alpha is 0: the branch is not run.
+    pub(crate) recurrent: Option<Tensor>,
+    branch: Branch,
+}
+
+enum Branch {
+    Off,
+    Features { query: Tensor, key: Tensor, log_gate: Tensor },
+    Slots(Slots),
+}
+
+impl Liger {
+    pub(crate) fn new(liger: &LigerConfig, config: &ModelConfig) -> Self {
+        Self {
+            structure: liger.structure,
+            spec: AttentionSpec { window: Some(liger.window), sinks: liger.sinks },
+            alpha: liger.alpha,
+            beta: liger.beta,
+            slots: liger.slots.unwrap_or(config.head_dim),
+        }
+    }
+
+    /// Shapes `[K, Dk, Dv]` of the recurrent states of one slot.
+    pub(crate) fn state_shapes(&self, config: &ModelConfig) -> Vec<[usize; 3]> {
+        let (kv, d) = (config.num_kv_heads, config.head_dim);
+        match self.structure.form() {
+            _ if self.alpha == 0.0 => Vec::new(),
+            Form::Features(_) => vec![[kv, d, d]],
+            Form::Slots => vec![[kv, d, self.slots], [kv, self.slots, d]],
+        }
+    }
+
+    /// The mixed output `[N, H, D]` and the activations.
+    pub(crate) fn forward(
+        &self,
+        ops: &dyn Ops,
+        x: &Projected<'_>,
+        sequences: &Sequences,
+        state: Option<(&mut KeyValueCache, &mut [Tensor])>,
+    ) -> Result<(Tensor, LigerActivations)> {
+        let (cache, recurrent_state) = match state {
+            Some((cache, recurrent)) => (Some(cache), Some(recurrent)),
+            None => (None, None),
+        };
+        let mut window = ops.empty(x.q.shape())?;
+        ops.attention_forward(&mut window, x.rope_q, x.rope_k, x.v, sequences, self.spec, cache)?;
+        let mut mixed = ops.empty(x.q.shape())?;
+        ops.axpby(&mut mixed, self.beta, &window, 0.0)?;
+        if self.alpha == 0.0 {
+            return Ok((mixed, LigerActivations { window, recurrent: None, branch: Branch::Off }));
+        }
+        let mut recurrent = ops.empty(x.q.shape())?;
+        let branch = match self.structure.form() {
+            Form::Features(spec) => {
+                let mut query = ops.empty(x.q.shape())?;
+                let mut key = ops.empty(x.k.shape())?;
+                let mut log_gate = ops.empty(x.k.shape())?;
+                ops.features_forward(&mut query, &mut key, &mut log_gate, x.q, x.k, spec)?;
+                let inputs = recurrence(&query, &key, x.v, &log_gate, sequences);
+                let state = recurrent_state.and_then(|states| states.first_mut());
+                ops.gated_recurrence_forward(&mut recurrent, inputs, state)?;
+                Branch::Features { query, key, log_gate }
+            }
+            Form::Slots => {
+                let qkv = (x.q, x.k, x.v);
+                Branch::Slots(Slots::forward(ops, &mut recurrent, qkv, self.slots, sequences, recurrent_state)?)
+            }
+        };
+        ops.axpby(&mut mixed, self.alpha, &recurrent, 1.0)?;
+        Ok((mixed, LigerActivations { window, recurrent: Some(recurrent), branch }))
+    }
+
+    /// Gradients of q, k (before RoPE, the recurrent branch's part), of v (both), and of q, k after RoPE.
+    pub(crate) fn backward(
+        &self,
+        ops: &dyn Ops,
+        x: &Projected<'_>,
+        activations: &LigerActivations,
+        sequences: &Sequences,
+        dmixed: &Tensor,
+    ) -> Result<LigerGradients> {
+        let mut dwindow = ops.empty(x.q.shape())?;
+        ops.axpby(&mut dwindow, self.beta, dmixed, 0.0)?;
+        let mut rope_q = ops.empty(x.q.shape())?;
+        let mut rope_k = ops.empty(x.k.shape())?;
+        let mut v = ops.empty(x.v.shape())?;
+        ops.attention_backward(
+            &mut rope_q,
+            &mut rope_k,
+            &mut v,
+            x.rope_q,
+            x.rope_k,
+            x.v,
+            &activations.window,
+            &dwindow,
+            sequences,
+            self.spec,
+        )?;
+        if matches!(activations.branch, Branch::Off) {
+            return Ok(LigerGradients { plain: None, v, rope_q, rope_k });
+        }
+        let mut drecurrent = dwindow; // its memory takes the other branch's gradient
+        ops.axpby(&mut drecurrent, self.alpha, dmixed, 0.0)?;
+        let mut q = ops.empty(x.q.shape())?;
+        let mut k = ops.empty(x.k.shape())?;
+        let mut recurrent_v = ops.empty(x.v.shape())?;
+        match (&activations.branch, self.structure.form()) {
+            (Branch::Features { query, key, log_gate }, Form::Features(spec)) => {
+                let mut dgate = ops.empty(x.k.shape())?;
+                let gradients = RecurrenceGradients {
+                    q: &mut q,
+                    k: &mut k,
+                    v: &mut recurrent_v,
+                    log_gate: &mut dgate,
+                    state: None,
+                };
+                let inputs = recurrence(query, key, x.v, log_gate, sequences);
+                ops.gated_recurrence_backward(gradients, inputs, None, &drecurrent)?;
+                ops.features_backward(&mut q, &mut k, &dgate, x.q, x.k, spec)?;
+            }
+            (Branch::Slots(slots), _) => {
+                let gradients = SlotsGradients { q: &mut q, k: &mut k, v: &mut recurrent_v };
+                slots.backward(ops, gradients, (x.q, x.k, x.v), sequences, &drecurrent)?;
+            }
+            (Branch::Features { .. }, Form::Slots) | (Branch::Off, _) => {}
+        }
+        ops.axpby(&mut v, 1.0, &recurrent_v, 1.0)?;
+        Ok(LigerGradients { plain: Some((q, k)), v, rope_q, rope_k })
+    }
+}
+
+/// See [`Liger::backward`].
+pub(crate) struct LigerGradients {
+    pub(crate) plain: Option<(Tensor, Tensor)>,
+    pub(crate) v: Tensor,
+    pub(crate) rope_q: Tensor,
+    pub(crate) rope_k: Tensor,
+}
+
+fn recurrence<'a>(
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    log_gate: &'a Tensor,
+    sequences: &'a Sequences,
+) -> Recurrence<'a> {
+    Recurrence { q, k, v, log_gate, axis: GateAxis::Key, sequences }
+}

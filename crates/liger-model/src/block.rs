@@ -1,0 +1,262 @@
+//! One block, forward and backward side by side:
+//! `x + attention(norm(x))`, then `x + down(silu(gate(h)) up(h))` with `h = norm(x)`.
+
+use liger_tensor::{Gemm, KeyValueCache, Ops, Sequences, Tensor};
+
+use crate::adapter::{Adapter, Target, Tuning, frozen_forward, linear_backward, linear_forward};
+use crate::attention::{LigerActivations, LigerGradients, Mixer, Projected};
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::weights::BlockWeights;
+
+/// What a block works with besides its input.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) ops: &'a dyn Ops,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) weights: &'a BlockWeights,
+    pub(crate) mixer: &'a Mixer,
+    pub(crate) layer: usize,
+    pub(crate) tuning: Option<Tuning<'a>>,
+    pub(crate) sequences: &'a Sequences,
+    /// Cosines and sines of the rows, `[N, D/2]` each.
+    pub(crate) angles: &'a (Tensor, Tensor),
+}
+
+/// The two branches of a Liger layer before the mix, `[N, H, D]` each.
+#[derive(Debug)]
+pub struct Branches {
+    /// The layer they belong to.
+    pub layer: usize,
+    /// The window branch.
+    pub window: Tensor,
+    /// The recurrent branch, `None` where alpha is 0.
+    pub recurrent: Option<Tensor>,
+}
+
+/// Everything that the forward computed and the backward needs.
+struct Activations {
+    /// Norm of the input, `[N, d]`.
+    normed: Tensor,
+    /// q and k before the head norms, where there are such.
+    raw_qk: Option<[Tensor; 2]>,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rope_q: Tensor,
+    rope_k: Tensor,
+    /// Attention's output before o_proj, `[N, H * D]`.
+    mixed: Tensor,
+    /// `None` for softmax attention, whose output `mixed` is.
+    liger: Option<LigerActivations>,
+}
+
+impl Activations {
+    fn projected(&self) -> Projected<'_> {
+        Projected { q: &self.q, k: &self.k, v: &self.v, rope_q: &self.rope_q, rope_k: &self.rope_k }
+    }
+}
+
+type LayerState<'a> = Option<(&'a mut KeyValueCache, &'a mut [Tensor])>;
+
+impl Context<'_> {
+    /// Turns `x [N, d]` into the block's output in place.
+    pub(crate) fn forward(&self, x: &mut Tensor, state: LayerState<'_>) -> Result<Option<Branches>> {
+        let attention = self.attention_forward(x, state)?;
+        self.feed_forward(x)?;
+        Ok(attention.liger.map(|liger| Branches {
+            layer: self.layer,
+            window: liger.window,
+            recurrent: liger.recurrent,
+        }))
+    }
+
+    /// Adds the attention's output to `x`.
+    fn attention_forward(&self, x: &mut Tensor, state: LayerState<'_>) -> Result<Activations> {
+        let Self { ops, config, weights, .. } = *self;
+        let n = x.dim(0);
+        let mut normed = ops.empty(x.shape())?;
+        ops.rms_norm_forward(&mut normed, x, &weights.input_norm, config.rms_norm_eps)?;
+        let project = |target: Target, heads: usize| -> Result<Tensor> {
+            let mut out = ops.empty(&[n, heads * config.head_dim])?;
+            let linear = &weights.attention[target as usize];
+            linear_forward(ops, &mut out, &normed, linear, (self.layer, target), self.tuning, false)?;
+            Ok(out.reshaped(&[n, heads, config.head_dim]))
+        };
+        let mut q = project(Target::Q, config.num_heads)?;
+        let mut k = project(Target::K, config.num_kv_heads)?;
+        let v = project(Target::V, config.num_kv_heads)?;
+        let mut raw_qk = None;
+        if let Some(norms) = &weights.head_norms {
+            let normalize = |x: &Tensor, weight: &Tensor| -> Result<Tensor> {
+                let mut out = ops.empty(x.shape())?;
+                ops.rms_norm_forward(&mut out, x, weight, config.rms_norm_eps)?;
+                Ok(out)
+            };
+            let (normed_q, normed_k) = (normalize(&q, &norms[0])?, normalize(&k, &norms[1])?);
+            raw_qk = Some([std::mem::replace(&mut q, normed_q), std::mem::replace(&mut k, normed_k)]);
+        }
+        let rotated = |x: &Tensor| -> Result<Tensor> {
+            let mut out = ops.empty(x.shape())?;
+            ops.axpby(&mut out, 1.0, x, 0.0)?;
+            ops.rope(&mut out, &self.angles.0, &self.angles.1, false)?;
+            Ok(out)
+        };
+        let (rope_q, rope_k) = (rotated(&q)?, rotated(&k)?);
+        let (mixed, liger) = match self.mixer {
+            Mixer::Softmax(spec) => {
+                let mut out = ops.empty(q.shape())?;
+                let cache = state.map(|(cache, _)| cache);
+                ops.attention_forward(&mut out, &rope_q, &rope_k, &v, self.sequences, *spec, cache)?;
+                (out, None)
+            }
+            Mixer::Liger(liger) => {
+                let projected = Projected { q: &q, k: &k, v: &v, rope_q: &rope_q, rope_k: &rope_k };
+                let (mixed, activations) = liger.forward(ops, &projected, self.sequences, state)?;
+                (mixed, Some(activations))
+            }
+        };
+        let mixed = mixed.reshaped(&[n, config.num_heads * config.head_dim]);
+        let output = &weights.attention[Target::O as usize];
+        linear_forward(ops, x, &mixed, output, (self.layer, Target::O), self.tuning, true)?;
+        Ok(Activations { normed, raw_qk, q, k, v, rope_q, rope_k, mixed, liger })
+    }
+
+    /// Gate and up of the feed-forward layer for `x`.
+    fn gate_up(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let Self { ops, config, weights, .. } = *self;
+        let mut normed = ops.empty(x.shape())?;
+        ops.rms_norm_forward(&mut normed, x, &weights.post_attention_norm, config.rms_norm_eps)?;
+        let mut gate = ops.empty(&[x.dim(0), config.intermediate_size])?;
+        let mut up = ops.empty(&[x.dim(0), config.intermediate_size])?;
+        frozen_forward(ops, &mut gate, &normed, &weights.gate, false)?;
+        frozen_forward(ops, &mut up, &normed, &weights.up, false)?;
+        Ok((gate, up))
+    }
+
+    fn feed_forward(&self, x: &mut Tensor) -> Result<()> {
+        let (gate, up) = self.gate_up(x)?;
+        let mut inner = self.ops.empty(gate.shape())?;
+        self.ops.swiglu_forward(&mut inner, &gate, &up)?;
+        frozen_forward(self.ops, x, &inner, &self.weights.down, true)
+    }
+
+    /// Given the block's input `x` and the gradient `dx` of its output, computes the forward again, adds to the
+    /// adapter's gradients and turns `dx` into the gradient of `x`, unless `input_gradient` says nobody needs it.
+    pub(crate) fn backward(
+        &self,
+        mut x: Tensor,
+        dx: &mut Tensor,
+        gradients: &mut Adapter,
+        input_gradient: bool,
+    ) -> Result<()> {
+        let input = if input_gradient { Some(copy(self.ops, &x)?) } else { None };
+        let activations = self.attention_forward(&mut x, None)?; // x is now the residual between the halves
+        self.feed_forward_backward(&x, dx)?;
+        drop(x);
+        self.attention_backward(input.as_ref(), dx, &activations, gradients)
+    }
+
+    fn feed_forward_backward(&self, x: &Tensor, dx: &mut Tensor) -> Result<()> {
+        let Self { ops, config, weights, .. } = *self;
+        let (mut gate, mut up) = self.gate_up(x)?;
+        let mut dinner = ops.empty(gate.shape())?;
+        ops.gemm(&mut dinner, dx, &weights.down.weight, Gemm::INPUT_GRADIENT)?;
+        ops.swiglu_backward(&mut gate, &mut up, &dinner)?;
+        let mut dnormed = ops.empty(x.shape())?;
+        ops.gemm(&mut dnormed, &gate, &weights.gate.weight, Gemm::INPUT_GRADIENT)?;
+        ops.gemm(&mut dnormed, &up, &weights.up.weight, Gemm::INPUT_GRADIENT.accumulated())?;
+        Ok(ops.rms_norm_backward(dx, x, &weights.post_attention_norm, config.rms_norm_eps, &dnormed)?)
+    }
+
+    fn attention_backward(
+        &self,
+        input: Option<&Tensor>,
+        dx: &mut Tensor,
+        activations: &Activations,
+        gradients: &mut Adapter,
+    ) -> Result<()> {
+        let Self { ops, config, weights, .. } = *self;
+        let n = dx.dim(0);
+        let width = config.num_heads * config.head_dim;
+        let mut dmixed = ops.zeros(&[n, width])?;
+        let at = |target: Target| (self.layer, target);
+        let linear = |target: Target| &weights.attention[target as usize];
+        linear_backward(
+            ops,
+            Some(&mut dmixed),
+            dx,
+            &activations.mixed,
+            linear(Target::O),
+            at(Target::O),
+            self.tuning,
+            gradients,
+        )?;
+        let dmixed = dmixed.reshaped(activations.q.shape());
+        let d = self.mixer_backward(activations, &dmixed)?;
+        let (mut dq, mut dk, dv) = (d.rope_q, d.rope_k, d.v);
+        for (dx, plain) in [&mut dq, &mut dk].into_iter().zip(d.plain.map_or([None, None], |(q, k)| [Some(q), Some(k)]))
+        {
+            ops.rope(dx, &self.angles.0, &self.angles.1, true)?;
+            if let Some(plain) = plain {
+                ops.axpby(dx, 1.0, &plain, 1.0)?;
+            }
+        }
+        if let (Some(raw), Some(norms)) = (&activations.raw_qk, &weights.head_norms) {
+            for ((dy, raw), weight) in [&mut dq, &mut dk].into_iter().zip(raw).zip(norms) {
+                let mut draw = ops.zeros(raw.shape())?;
+                ops.rms_norm_backward(&mut draw, raw, weight, config.rms_norm_eps, dy)?;
+                *dy = draw;
+            }
+        }
+        let mut dnormed = match input {
+            Some(input) => Some(ops.zeros(input.shape())?),
+            None => None,
+        };
+        for (target, dy) in [(Target::Q, dq), (Target::K, dk), (Target::V, dv)] {
+            let dy = {
+                let width = dy.dim(1) * dy.dim(2);
+                dy.reshaped(&[n, width])
+            };
+            let (dx, x) = (dnormed.as_mut(), &activations.normed);
+            linear_backward(ops, dx, &dy, x, linear(target), at(target), self.tuning, gradients)?;
+        }
+        if let (Some(input), Some(dnormed)) = (input, &dnormed) {
+            ops.rms_norm_backward(dx, input, &weights.input_norm, config.rms_norm_eps, dnormed)?;
+        }
+        Ok(())
+    }
+
+    fn mixer_backward(&self, activations: &Activations, dmixed: &Tensor) -> Result<LigerGradients> {
+        let ops = self.ops;
+        match (self.mixer, &activations.liger) {
+            (Mixer::Liger(liger), Some(inner)) => {
+                liger.backward(ops, &activations.projected(), inner, self.sequences, dmixed)
+            }
+            (mixer, _) => {
+                let mut rope_q = ops.empty(activations.q.shape())?;
+                let mut rope_k = ops.empty(activations.k.shape())?;
+                let mut v = ops.empty(activations.v.shape())?;
+                ops.attention_backward(
+                    &mut rope_q,
+                    &mut rope_k,
+                    &mut v,
+                    &activations.rope_q,
+                    &activations.rope_k,
+                    &activations.v,
+                    &activations.mixed,
+                    dmixed,
+                    self.sequences,
+                    mixer.spec(),
+                )?;
+                Ok(LigerGradients { plain: None, v, rope_q, rope_k })
+            }
+        }
+    }
+}
+
+pub(crate) fn copy(ops: &dyn Ops, x: &Tensor) -> Result<Tensor> {
+    let mut out = ops.empty(x.shape())?;
+    ops.axpby(&mut out, 1.0, x, 0.0)?;
+    Ok(out)
+}

@@ -1,0 +1,234 @@
+//! A GGUF file as a model: its metadata as a configuration, its tensors under Hugging Face's names.
+
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use super::gguf::{Directory, MetadataValue};
+use crate::config::{Family, ModelConfig, RopeConfig, RopeScaling};
+use crate::error::{Error, Result, io};
+use crate::tokenizer::Tokenizer;
+use crate::weights::{TensorSource, expected_tensors};
+
+/// An opened file.
+pub(crate) struct GgufSource {
+    path: PathBuf,
+    directory: Directory,
+    /// llama.cpp stores the rows of q and k of the llama architecture with the halves of each head interleaved.
+    permuted_heads: Option<(usize, usize)>,
+}
+
+pub(crate) fn open(path: &Path) -> Result<(GgufSource, ModelConfig, Tokenizer)> {
+    let file = File::open(path).map_err(io(path, "read"))?;
+    let length = file.metadata().map_err(io(path, "read"))?.len();
+    let directory = Directory::read(BufReader::new(file), length, path)?;
+    let mut source = GgufSource { path: path.to_owned(), directory, permuted_heads: None };
+    let config = source.config()?;
+    if config.family == Family::Llama {
+        source.permuted_heads = Some((config.num_heads, config.num_kv_heads));
+    }
+    for (name, shape) in expected_tensors(&config) {
+        match source.shape(&name) {
+            Some(found) if found == shape => {}
+            Some(found) => {
+                return Err(source.error(format!("tensor of `{name}` has shape {found:?}, not {shape:?}")));
+            }
+            None => return Err(source.error(format!("the tensor of `{name}` is missing"))),
+        }
+    }
+    let tokenizer = Tokenizer::from_gguf(&source.directory.metadata, path)?;
+    Ok((source, config, tokenizer))
+}
+
+impl GgufSource {
+    fn value(&self, key: &str) -> Option<&MetadataValue> {
+        self.directory.metadata.get(key)
+    }
+
+    fn size(&self, key: &str) -> Result<Option<usize>> {
+        let Some(value) = self.value(key) else {
+            return Ok(None);
+        };
+        // A few files give one number a layer; they must agree.
+        let value = match value {
+            MetadataValue::Array(list) => match list.first() {
+                Some(first) if list.iter().all(|v| v == first) => first,
+                _ => {
+                    return Err(Error::field(&self.path, key, "different numbers by layer", "one number"));
+                }
+            },
+            one => one,
+        };
+        match value.as_u64().filter(|&n| n > 0 && n < 1 << 31) {
+            Some(n) => Ok(Some(n as usize)),
+            None => Err(Error::field(&self.path, key, format!("{value:?}"), "a positive whole number")),
+        }
+    }
+
+    fn required(&self, key: &str) -> Result<usize> {
+        self.size(key)?.ok_or_else(|| Error::field(&self.path, key, "nothing", "a positive whole number"))
+    }
+
+    fn float(&self, key: &str) -> Option<f64> {
+        self.value(key).and_then(MetadataValue::as_f64)
+    }
+
+    fn config(&self) -> Result<ModelConfig> {
+        let architecture = self.value("general.architecture").and_then(MetadataValue::as_text).unwrap_or("nothing");
+        let family = Family::from_name(architecture).filter(|f| *f != Family::Mistral).ok_or_else(|| {
+            let found = format!("`{architecture}`");
+            Error::field(&self.path, "general.architecture", found, "llama, qwen2 or qwen3")
+        })?;
+        let key = |name: &str| format!("{architecture}.{name}");
+        let embedding = self.directory.tensors.get("token_embd.weight");
+        let embedding = embedding.ok_or_else(|| self.error("tensor `token_embd.weight` is missing".into()))?;
+        let vocab_size = embedding.shape.first().copied().unwrap_or(0);
+        let (hidden_size, num_layers) = (self.required(&key("embedding_length"))?, self.required(&key("block_count"))?);
+        if num_layers > self.directory.tensors.len() {
+            return Err(Error::field(&self.path, &key("block_count"), num_layers, "no more layers than tensors"));
+        }
+        let num_heads = self.required(&key("attention.head_count"))?;
+        let num_kv_heads = self.size(&key("attention.head_count_kv"))?.unwrap_or(num_heads);
+        let head_dim = self.size(&key("attention.key_length"))?.unwrap_or(hidden_size / num_heads);
+        if !num_heads.is_multiple_of(num_kv_heads) || head_dim == 0 || !head_dim.is_multiple_of(2) {
+            let found = format!("{num_heads} heads of {head_dim} over {num_kv_heads}");
+            return Err(Error::field(&self.path, &key("attention.head_count"), found, "heads in whole groups"));
+        }
+        let context = self.required(&key("context_length"))?;
+        let id = |name: &str| {
+            let id = self.value(&format!("tokenizer.ggml.{name}_token_id")).and_then(MetadataValue::as_u64);
+            id.and_then(|id| u32::try_from(id).ok())
+        };
+        let mut eos: Vec<u32> = ["eos", "eot"].into_iter().filter_map(id).collect();
+        eos.dedup();
+        let window = self.size(&key("attention.sliding_window"))?;
+        Ok(ModelConfig {
+            family,
+            vocab_size,
+            hidden_size,
+            intermediate_size: self.required(&key("feed_forward_length"))?,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            max_position_embeddings: context,
+            rms_norm_eps: self.float(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-5) as f32,
+            rope: RopeConfig {
+                theta: self.float(&key("rope.freq_base")).unwrap_or(10_000.0),
+                scaling: self.rope_scaling(&key, context, head_dim)?,
+            },
+            tie_word_embeddings: !self.directory.tensors.contains_key("output.weight"),
+            sliding_windows: vec![window; num_layers],
+            bos_token_id: id("bos"),
+            eos_token_ids: eos,
+            liger: None,
+        })
+    }
+
+    fn rope_scaling(&self, key: &dyn Fn(&str) -> String, context: usize, head_dim: usize) -> Result<RopeScaling> {
+        if self.directory.tensors.contains_key("rope_freqs.weight") {
+            let divisors = self.unpack("rope_freqs.weight")?;
+            if divisors.len() != head_dim / 2 || divisors.iter().any(|d| d.is_nan() || *d <= 0.0) {
+                return Err(self.error(format!("`rope_freqs.weight` is not {} positive numbers", head_dim / 2)));
+            }
+            return Ok(RopeScaling::Divisors(divisors));
+        }
+        let kind = self.value(&key("rope.scaling.type")).and_then(MetadataValue::as_text).unwrap_or("none");
+        let factor = self.float(&key("rope.scaling.factor")).filter(|f| *f > 0.0);
+        match (kind, factor) {
+            ("none", _) => Ok(RopeScaling::Default),
+            ("linear", Some(factor)) => Ok(RopeScaling::Linear { factor }),
+            ("yarn", Some(factor)) => Ok(RopeScaling::Yarn {
+                factor,
+                original: self.float(&key("rope.scaling.original_context_length")).unwrap_or(context as f64),
+                beta_fast: self.float(&key("rope.scaling.yarn_beta_fast")).unwrap_or(32.0),
+                beta_slow: self.float(&key("rope.scaling.yarn_beta_slow")).unwrap_or(1.0),
+                attention_factor: if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 },
+            }),
+            (other, _) => {
+                let found = format!("`{other}` with factor {factor:?}");
+                Err(Error::field(&self.path, &key("rope.scaling.type"), found, "none, linear or yarn with a factor"))
+            }
+        }
+    }
+
+    fn unpack(&self, name: &str) -> Result<Vec<f32>> {
+        let missing = || self.error(format!("tensor `{name}` is missing"));
+        let entry = self.directory.tensors.get(name).ok_or_else(missing)?;
+        let mut bytes = vec![0; entry.bytes as usize];
+        let mut file = File::open(&self.path).map_err(io(&self.path, "read"))?;
+        file.seek(SeekFrom::Start(entry.start)).map_err(io(&self.path, "read"))?;
+        file.read_exact(&mut bytes).map_err(io(&self.path, "read"))?;
+        Ok(entry.block.unpack(&bytes))
+    }
+}
+
+/// ggml's name of a tensor.
+fn ggml_name(name: &str) -> Option<String> {
+    let (stem, kind) = name.rsplit_once('.')?;
+    let stem = match stem {
+        "model.embed_tokens" => "token_embd".to_owned(),
+        "model.norm" => "output_norm".to_owned(),
+        "lm_head" => "output".to_owned(),
+        other => {
+            let (layer, part) = other.strip_prefix("model.layers.")?.split_once('.')?;
+            let part = match part {
+                "input_layernorm" => "attn_norm",
+                "post_attention_layernorm" => "ffn_norm",
+                "self_attn.q_proj" => "attn_q",
+                "self_attn.k_proj" => "attn_k",
+                "self_attn.v_proj" => "attn_v",
+                "self_attn.o_proj" => "attn_output",
+                "self_attn.q_norm" => "attn_q_norm",
+                "self_attn.k_norm" => "attn_k_norm",
+                "mlp.gate_proj" => "ffn_gate",
+                "mlp.up_proj" => "ffn_up",
+                "mlp.down_proj" => "ffn_down",
+                _ => return None,
+            };
+            format!("blk.{layer}.{part}")
+        }
+    };
+    Some(format!("{stem}.{kind}"))
+}
+
+/// Rows `[head][D/2][2]` back to `[head][2][D/2]`.
+fn unpermute(rows: &[f32], heads: usize, width: usize) -> Vec<f32> {
+    let d = rows.len() / (heads * width);
+    let mut out = Vec::with_capacity(rows.len());
+    for head in 0..heads {
+        for half in 0..2 {
+            for i in 0..d / 2 {
+                let at = (head * d + 2 * i + half) * width;
+                out.extend_from_slice(&rows[at..at + width]);
+            }
+        }
+    }
+    out
+}
+
+impl TensorSource for GgufSource {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.directory.tensors.get(&ggml_name(name)?).map(|t| t.shape.clone())
+    }
+
+    fn read(&self, name: &str) -> Result<Vec<f32>> {
+        let ggml = ggml_name(name).ok_or_else(|| self.error(format!("GGUF has no name for `{name}`")))?;
+        let values = self.unpack(&ggml)?;
+        let Some((heads, kv_heads)) = self.permuted_heads else {
+            return Ok(values);
+        };
+        let width = self.shape(name).map_or(1, |shape| shape.get(1).copied().unwrap_or(1));
+        Ok(if name.contains("self_attn.q_proj.") {
+            unpermute(&values, heads, width)
+        } else if name.contains("self_attn.k_proj.") {
+            unpermute(&values, kv_heads, width)
+        } else {
+            values
+        })
+    }
+
+    fn error(&self, problem: String) -> Error {
+        Error::corrupt(&self.path, problem)
+    }
+}

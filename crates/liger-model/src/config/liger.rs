@@ -1,0 +1,102 @@
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::attention::Structure;
+use crate::error::{Error, Result};
+use crate::fields::Fields;
+
+/// The `liger` object of `config.json`: how the attention of a model was replaced.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LigerConfig {
+    /// The recurrence.
+    pub structure: Structure,
+    /// Keys that the softmax window sees, the query's own counted.
+    pub window: usize,
+    /// First tokens of the text that stay visible beside the window.
+    pub sinks: usize,
+    /// Weight of the recurrent branch.
+    pub alpha: f32,
+    /// Weight of the window branch.
+    pub beta: f32,
+    /// Memory slots of gsa; the head size if `None`.
+    pub slots: Option<usize>,
+    /// Layers that keep their softmax attention over everything.
+    pub softmax_layers: Vec<usize>,
+}
+
+const KEYS: [&str; 7] = ["structure", "window", "sinks", "alpha", "beta", "slots", "softmax_layers"];
+
+impl LigerConfig {
+    /// The paper's form of a structure: window 64, no sinks, half and half.
+    pub fn paper(structure: Structure) -> Self {
+        let (alpha, beta) = (0.5, 0.5);
+        Self { structure, window: 64, sinks: 0, alpha, beta, slots: None, softmax_layers: Vec::new() }
+    }
+
+    pub(crate) fn authors(structure: &str, window: usize, path: &Path) -> Result<Self> {
+        Ok(Self { window, ..Self::paper(structure_named(structure, path)?) })
+    }
+
+    /// Reads the object; unknown keys are an error, for a setting that is not obeyed would change the model silently.
+    pub(crate) fn from_json(value: &Value, num_layers: usize, path: &Path) -> Result<Self> {
+        let object = value.as_object().ok_or_else(|| Error::field(path, "liger", value, "an object"))?;
+        if let Some(key) = object.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            let expected = format!("one of {}", KEYS.join(", "));
+            return Err(Error::field(path, &format!("liger.{key}"), "an unknown key", expected));
+        }
+        let f = Fields::new(object, path);
+        let weight = |name: &str| Ok::<_, Error>(f.optional_float(name)?.unwrap_or(0.5) as f32);
+        let count = |name: &str| {
+            let value = object.get(name).unwrap_or(&Value::Null);
+            let size = value.as_u64().filter(|&n| n < 1 << 20).map(|n| n as usize);
+            match (value.is_null(), size) {
+                (true, _) => Ok(0),
+                (false, Some(n)) => Ok(n),
+                _ => Err(Error::field(path, &format!("liger.{name}"), value, "a whole number")),
+            }
+        };
+        let mut softmax_layers = Vec::new();
+        if let Some(value) = object.get("softmax_layers").filter(|v| !v.is_null()) {
+            let expected = format!("a list of layers below {num_layers}");
+            let wrong = || Error::field(path, "liger.softmax_layers", value, expected.clone());
+            for layer in value.as_array().ok_or_else(wrong)? {
+                let layer = layer.as_u64().filter(|&n| n < num_layers as u64).ok_or_else(wrong)?;
+                softmax_layers.push(layer as usize);
+            }
+        }
+        let config = Self {
+            structure: structure_named(&f.text("structure")?, path)?,
+            window: f.size("window")?,
+            sinks: count("sinks")?,
+            alpha: weight("alpha")?,
+            beta: weight("beta")?,
+            slots: f.optional_size("slots")?,
+            softmax_layers,
+        };
+        config.check(path)?;
+        Ok(config)
+    }
+
+    /// Settings that do not go together.
+    pub(crate) fn check(&self, path: &Path) -> Result<()> {
+        if let (Some(slots), false) = (self.slots, self.structure == Structure::Gsa) {
+            return Err(Error::field(path, "liger.slots", slots, "null: only gsa has slots"));
+        }
+        Ok(())
+    }
+
+    /// As `config.json` has it.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "structure": self.structure.name(), "window": self.window, "sinks": self.sinks,
+            "alpha": super::round_trip(self.alpha), "beta": super::round_trip(self.beta),
+            "slots": self.slots, "softmax_layers": self.softmax_layers,
+        })
+    }
+}
+
+fn structure_named(name: &str, path: &Path) -> Result<Structure> {
+    let known = || Structure::ALL.map(Structure::name).join(", ");
+    Structure::from_name(name).ok_or_else(|| Error::field(path, "liger.structure", format!("`{name}`"), known()))
+}

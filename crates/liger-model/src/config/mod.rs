@@ -1,0 +1,277 @@
+//! `config.json`: what a model is.
+
+mod liger;
+mod rope;
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+pub use liger::LigerConfig;
+pub use rope::{RopeConfig, RopeScaling};
+
+use crate::error::{Error, Result};
+use crate::fields::Fields;
+
+/// The families of models that can be read; they differ in biases, head norms and windows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// Llama 2, 3, SmolLM2 and their kin.
+    Llama,
+    /// Mistral: Llama with a sliding window.
+    Mistral,
+    /// Qwen2, 2.5: biases on q, k, v.
+    Qwen2,
+    /// Qwen3: norms on the heads of q and k.
+    Qwen3,
+}
+
+impl Family {
+    /// `model_type` of Hugging Face.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+
+    /// The family of a `model_type`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3].into_iter().find(|f| f.name() == name)
+    }
+}
+
+/// Everything that decides the shape and the mathematics of a model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// The family.
+    pub family: Family,
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width inside the feed-forward layer.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub num_layers: usize,
+    /// Query heads, H.
+    pub num_heads: usize,
+    /// Key/value heads, K.
+    pub num_kv_heads: usize,
+    /// Elements of a head, D.
+    pub head_dim: usize,
+    /// Tokens that the base model was trained for.
+    pub max_position_embeddings: usize,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f32,
+    /// Rotary position embedding.
+    pub rope: RopeConfig,
+    /// Whether the output layer is the embedding table.
+    pub tie_word_embeddings: bool,
+    /// Sliding window of each softmax layer.
+    pub sliding_windows: Vec<Option<usize>>,
+    /// First token of a text, if the model wants one.
+    pub bos_token_id: Option<u32>,
+    /// Tokens that end a text.
+    pub eos_token_ids: Vec<u32>,
+    /// The Liger form, if the model has been converted.
+    pub liger: Option<LigerConfig>,
+}
+
+/// The authors' model types: base family and structure.
+const AUTHORS: [(&str, Family, &str); 6] = [
+    ("liger_gla", Family::Llama, "gla"),
+    ("liger_gsa", Family::Llama, "gsa"),
+    ("liger_hgrn2", Family::Llama, "hgrn2"),
+    ("liger_mistral_gla", Family::Mistral, "gla"),
+    ("liger_qwen25_gla", Family::Qwen2, "gla"),
+    ("liger_qwen3_gla", Family::Qwen3, "gla"),
+];
+
+/// The authors' code asks for 64 keys and sees 65: 64 to the left and the query's own.
+const AUTHORS_WINDOW: usize = 65;
+
+impl ModelConfig {
+    /// Reads the text of a `config.json`; `path` is for messages.
+    ///
+    /// ```
+    /// # use liger_model::ModelConfig;
+    /// let text = r#"{"model_type": "llama", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16,
+    ///     "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-5}"#;
+    /// let config = ModelConfig::parse(text, "config.json".as_ref())?;
+    /// assert_eq!((config.num_kv_heads, config.head_dim), (2, 4));
+    /// # Ok::<(), liger_model::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if it is not JSON, [`Error::Field`] if a field is missing or says what is not supported.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let json: Value = serde_json::from_str(text).map_err(|e| Error::corrupt(path, format!("not JSON: {e}")))?;
+        let Value::Object(object) = json else {
+            return Err(Error::corrupt(path, "not a JSON object"));
+        };
+        let f = Fields::new(&object, path);
+        let model_type = f.text("model_type")?;
+        let authors = AUTHORS.iter().find(|(name, ..)| *name == model_type);
+        let family = match authors {
+            Some((_, family, _)) => *family,
+            None => Family::from_name(&model_type).ok_or_else(|| {
+                let known = "llama, mistral, qwen2, qwen3 (or one of the Liger authors' types)";
+                Error::field(path, "model_type", format!("`{model_type}`"), known)
+            })?,
+        };
+        let activation = f.optional_text("hidden_act")?.unwrap_or_else(|| "silu".into());
+        if activation != "silu" {
+            return Err(Error::field(path, "hidden_act", format!("`{activation}`"), "`silu`"));
+        }
+        let num_heads = f.size("num_attention_heads")?;
+        let hidden_size = f.size("hidden_size")?;
+        let num_layers = f.size("num_hidden_layers")?;
+        let max_position_embeddings = f.optional_size("max_position_embeddings")?.unwrap_or(2048);
+        let head_dim = match f.optional_size("head_dim")? {
+            Some(head_dim) => head_dim,
+            None => hidden_size / num_heads,
+        };
+        let num_kv_heads = f.optional_size("num_key_value_heads")?.unwrap_or(num_heads);
+        if !num_heads.is_multiple_of(num_kv_heads) {
+            let expected = format!("a divisor of num_attention_heads, {num_heads}");
+            return Err(Error::field(path, "num_key_value_heads", num_kv_heads, expected));
+        }
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(Error::field(path, "head_dim", head_dim, "an even number"));
+        }
+        let liger = match (authors, object.get("liger")) {
+            (Some((_, _, structure)), _) => Some(LigerConfig::authors(structure, AUTHORS_WINDOW, path)?),
+            (None, None | Some(Value::Null)) => None,
+            (None, Some(value)) => Some(LigerConfig::from_json(value, num_layers, path)?),
+        };
+        Ok(Self {
+            family,
+            vocab_size: f.size("vocab_size")?,
+            hidden_size,
+            intermediate_size: f.size("intermediate_size")?,
+            num_layers,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            max_position_embeddings,
+            rms_norm_eps: f.optional_float("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            rope: RopeConfig::from_fields(&f, max_position_embeddings)?,
+            tie_word_embeddings: f.optional_bool("tie_word_embeddings")?.unwrap_or(false),
+            sliding_windows: sliding_windows(&f, family, num_layers)?,
+            bos_token_id: f.token_ids("bos_token_id")?.first().copied(),
+            eos_token_ids: f.token_ids("eos_token_id")?,
+            liger,
+        })
+    }
+
+    /// The fields that this crate reads, as `config.json` has them.
+    pub fn to_json(&self) -> Value {
+        let architecture = match self.family {
+            Family::Llama => "LlamaForCausalLM",
+            Family::Mistral => "MistralForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+        };
+        let mut json = json!({
+            "architectures": [architecture],
+            "model_type": self.family.name(),
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": round_trip(self.rms_norm_eps),
+            "hidden_act": "silu",
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": match self.eos_token_ids[..] {
+                [] => Value::Null,
+                [id] => json!(id),
+                ref ids => json!(ids),
+            },
+        });
+        if let Value::Object(object) = &mut json {
+            self.rope.write(object);
+            if let Some(window) = self.sliding_windows.iter().flatten().next() {
+                object.insert("sliding_window".into(), json!(window));
+                let types: Vec<_> = self.sliding_windows.iter().map(|w| layer_type(w.is_some())).collect();
+                object.insert("layer_types".into(), json!(types));
+                object.insert("use_sliding_window".into(), json!(true));
+            }
+            self.write_liger(object);
+        }
+        json
+    }
+
+    /// Puts the `liger` object into a `config.json`.
+    pub fn write_liger(&self, object: &mut Map<String, Value>) {
+        match &self.liger {
+            Some(liger) => object.insert("liger".into(), liger.to_json()),
+            None => object.remove("liger"),
+        };
+    }
+
+    /// The authors' `model_type` for this model, if their code can express it.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with the setting that it cannot express.
+    pub fn authors_model_type(&self) -> Result<&'static str> {
+        let refuse = |why: String| Error::Refused(format!("the authors' format cannot express {why}"));
+        let liger = self.liger.as_ref().ok_or_else(|| refuse("a model that is not converted".into()))?;
+        let name = liger.structure.name();
+        let known = AUTHORS.iter().find(|(_, family, structure)| *family == self.family && *structure == name);
+        let (model_type, ..) = known.ok_or_else(|| refuse(format!("{name} on {}", self.family.name())))?;
+        let same = LigerConfig { window: liger.window, ..LigerConfig::authors(name, liger.window, Path::new(""))? };
+        if *liger != same || liger.window != AUTHORS_WINDOW {
+            let found = liger.to_json();
+            return Err(refuse(format!("{found}: it has window {AUTHORS_WINDOW}, alpha = beta = 0.5 and no extras")));
+        }
+        Ok(model_type)
+    }
+
+    /// Weights outside the embedding and output layers, plus those that a token is multiplied by there.
+    pub fn parameter_count(&self) -> usize {
+        let (d, ff) = (self.hidden_size, self.intermediate_size);
+        let attention = 2 * d * self.num_heads * self.head_dim + 2 * d * self.num_kv_heads * self.head_dim;
+        let tables = if self.tie_word_embeddings { 1 } else { 2 };
+        self.num_layers * (attention + 3 * d * ff + 2 * d) + d + tables * self.vocab_size * d
+    }
+}
+
+/// A float32 as the shortest float64 that prints like it.
+fn round_trip(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
+}
+
+fn layer_type(sliding: bool) -> &'static str {
+    if sliding { "sliding_attention" } else { "full_attention" }
+}
+
+/// Mistral's window is obeyed, Qwen's only with `use_sliding_window` and from layer `max_window_layers` on; newer
+/// exports say it by layer.
+fn sliding_windows(f: &Fields<'_>, family: Family, num_layers: usize) -> Result<Vec<Option<usize>>> {
+    let window = f.optional_size("sliding_window")?;
+    let window = match family {
+        Family::Llama => None,
+        Family::Mistral => window,
+        Family::Qwen2 | Family::Qwen3 => window.filter(|_| f.is_true("use_sliding_window")),
+    };
+    if let (Some(types), Some(window)) = (f.optional_texts("layer_types")?, window) {
+        if types.len() != num_layers {
+            let expected = format!("{num_layers}, one a layer");
+            return Err(Error::field(f.path(), "layer_types", format!("{} entries", types.len()), expected));
+        }
+        return Ok(types.iter().map(|t| (t == layer_type(true)).then_some(window)).collect());
+    }
+    let first = match family {
+        Family::Qwen2 | Family::Qwen3 => f.optional_size("max_window_layers")?.unwrap_or(0),
+        _ => 0,
+    };
+    Ok((0..num_layers).map(|layer| window.filter(|_| layer >= first)).collect())
+}

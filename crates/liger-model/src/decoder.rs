@@ -1,0 +1,242 @@
+//! The whole decoder: embedding, blocks, final norm, output layer; inference, and the two passes of training.
+
+use std::sync::Arc;
+
+use liger_tensor::{DType, Gemm, Ops, Sequences, Tensor};
+
+use crate::adapter::{Adapter, Tuning};
+use crate::attention::Mixer;
+use crate::block::{Branches, Context, copy};
+use crate::config::{LigerConfig, ModelConfig};
+use crate::error::{Error, Result};
+use crate::state::State;
+use crate::weights::Weights;
+
+/// A model on a device. Models made from one another share the frozen weights.
+#[derive(Clone)]
+pub struct Decoder {
+    ops: Arc<dyn Ops>,
+    config: ModelConfig,
+    weights: Arc<Weights>,
+    mixers: Vec<Mixer>,
+    frequencies: Arc<(Vec<f64>, f64)>,
+}
+
+/// What a training forward keeps: the input of every block, nothing else.
+pub struct Pass {
+    inputs: Vec<Tensor>,
+    last: Tensor,
+    sequences: Sequences,
+    dropout_seed: Option<u64>,
+    /// Output of the final norm, `[N, d]`.
+    pub hidden: Tensor,
+}
+
+impl Decoder {
+    /// Puts a model together.
+    pub fn new(ops: Arc<dyn Ops>, config: ModelConfig, weights: Weights) -> Self {
+        let frequencies = Arc::new(config.rope.frequencies(config.head_dim));
+        Self { ops, mixers: Mixer::of(&config), config, weights: Arc::new(weights), frequencies }
+    }
+
+    /// The same weights with another attention: `None` for the softmax attention of the base model.
+    #[must_use]
+    pub fn with_attention(&self, liger: Option<LigerConfig>) -> Self {
+        let config = ModelConfig { liger, ..self.config.clone() };
+        Self { mixers: Mixer::of(&config), config, ..self.clone() }
+    }
+
+    /// The device.
+    pub fn ops(&self) -> &dyn Ops {
+        &*self.ops
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The frozen weights.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// A fresh decoding state for `slots` texts.
+    ///
+    /// # Errors
+    /// If the device has no memory.
+    pub fn new_state(&self, slots: usize) -> Result<State> {
+        State::new(&self.mixers, &self.config, &*self.ops, slots)
+    }
+
+    /// Tokens that the model may see: what it was trained for where some layer attends to everything, else any number.
+    pub fn context_limit(&self) -> Option<usize> {
+        let unbounded = self.mixers.iter().any(|m| m.spec().window.is_none());
+        unbounded.then_some(self.config.max_position_embeddings)
+    }
+
+    /// Cosines and sines `[N, D/2]` of every row's position.
+    fn angles(&self, sequences: &Sequences) -> Result<(Tensor, Tensor)> {
+        let (frequencies, factor) = &*self.frequencies;
+        let shape = [sequences.rows(), frequencies.len()];
+        let mut cos = Vec::with_capacity(shape[0] * shape[1]);
+        let mut sin = Vec::with_capacity(shape[0] * shape[1]);
+        for position in sequences.positions() {
+            for frequency in frequencies {
+                let (s, c) = (position as f64 * frequency).sin_cos();
+                cos.push((c * factor) as f32);
+                sin.push((s * factor) as f32);
+            }
+        }
+        Ok((self.ops.upload(cos, &shape, DType::F32)?, self.ops.upload(sin, &shape, DType::F32)?))
+    }
+
+    fn context<'a>(
+        &'a self,
+        layer: usize,
+        tuning: Option<Tuning<'a>>,
+        sequences: &'a Sequences,
+        angles: &'a (Tensor, Tensor),
+    ) -> Context<'a> {
+        let (weights, mixer) = (&self.weights.blocks[layer], &self.mixers[layer]);
+        Context { ops: &*self.ops, config: &self.config, weights, mixer, layer, tuning, sequences, angles }
+    }
+
+    fn embed(&self, ids: &[u32], sequences: &Sequences) -> Result<Tensor> {
+        if ids.len() != sequences.rows() {
+            return Err(Error::Refused(format!("{} tokens for {} rows", ids.len(), sequences.rows())));
+        }
+        let mut x = self.ops.empty(&[ids.len(), self.config.hidden_size])?;
+        self.ops.embedding(&mut x, &self.weights.embedding, ids)?;
+        Ok(x)
+    }
+
+    fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
+        let mut hidden = self.ops.empty(x.shape())?;
+        self.ops.rms_norm_forward(&mut hidden, x, &self.weights.final_norm, self.config.rms_norm_eps)?;
+        Ok(hidden)
+    }
+
+    /// Final hidden states `[N, d]` of the rows; `state` is read and moved on.
+    ///
+    /// # Errors
+    /// [`Error::Device`] with a token that the model does not have.
+    pub fn forward(
+        &self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<&mut State>,
+        adapter: Option<&Adapter>,
+    ) -> Result<Tensor> {
+        self.run(ids, sequences, state, adapter, &mut |_| {})
+    }
+
+    /// The same, handing the branches of every Liger layer to `look`.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn forward_with_branches(
+        &self,
+        ids: &[u32],
+        sequences: &Sequences,
+        state: Option<&mut State>,
+        adapter: Option<&Adapter>,
+        look: &mut dyn FnMut(Branches),
+    ) -> Result<Tensor> {
+        self.run(ids, sequences, state, adapter, look)
+    }
+
+    fn run(
+        &self,
+        ids: &[u32],
+        sequences: &Sequences,
+        mut state: Option<&mut State>,
+        adapter: Option<&Adapter>,
+        look: &mut dyn FnMut(Branches),
+    ) -> Result<Tensor> {
+        let mut x = self.embed(ids, sequences)?;
+        let angles = self.angles(sequences)?;
+        let tuning = adapter.map(|adapter| Tuning { adapter, dropout_seed: None });
+        for layer in 0..self.config.num_layers {
+            let layer_state = state.as_deref_mut().and_then(|s| s.layers.get_mut(layer));
+            let layer_state = layer_state.map(|s| (&mut s.cache, &mut s.recurrent[..]));
+            if let Some(branches) = self.context(layer, tuning, sequences, &angles).forward(&mut x, layer_state)? {
+                look(branches);
+            }
+        }
+        if let Some(state) = state {
+            sequences.list().iter().for_each(|s| state.advance(s.slot, s.len));
+        }
+        self.final_norm(&x)
+    }
+
+    /// Logits `[N, V]` of hidden states.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = self.output_weight();
+        let mut logits = self.ops.empty(&[hidden.dim(0), head.dim(0)])?;
+        self.ops.gemm(&mut logits, hidden, head, Gemm::LINEAR)?;
+        Ok(logits)
+    }
+
+    /// Adds the gradient of `hidden` given that of its logits: `dlogits W`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn logits_backward(&self, dhidden: &mut Tensor, dlogits: &Tensor) -> Result<()> {
+        Ok(self.ops.gemm(dhidden, dlogits, self.output_weight(), Gemm::INPUT_GRADIENT)?)
+    }
+
+    fn output_weight(&self) -> &Tensor {
+        self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding)
+    }
+
+    /// The forward of training: whole sequences from their beginning, keeping the input of every block.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn train_forward(
+        &self,
+        ids: &[u32],
+        sequences: Sequences,
+        adapter: &Adapter,
+        dropout_seed: u64,
+    ) -> Result<Pass> {
+        let mut x = self.embed(ids, &sequences)?;
+        let angles = self.angles(&sequences)?;
+        let dropout_seed = Some(dropout_seed);
+        let tuning = Some(Tuning { adapter, dropout_seed });
+        let mut inputs = Vec::with_capacity(self.config.num_layers);
+        for layer in 0..self.config.num_layers {
+            inputs.push(copy(&*self.ops, &x)?);
+            self.context(layer, tuning, &sequences, &angles).forward(&mut x, None)?;
+        }
+        let hidden = self.final_norm(&x)?;
+        Ok(Pass { inputs, last: x, sequences, dropout_seed, hidden })
+    }
+
+    /// Adds the adapter's gradients to `gradients`, given that of [`Pass::hidden`].
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn train_backward(
+        &self,
+        pass: Pass,
+        dhidden: &Tensor,
+        adapter: &Adapter,
+        gradients: &mut Adapter,
+    ) -> Result<()> {
+        let angles = self.angles(&pass.sequences)?;
+        let tuning = Some(Tuning { adapter, dropout_seed: pass.dropout_seed });
+        let mut dx = self.ops.zeros(pass.last.shape())?;
+        let (norm, epsilon) = (&self.weights.final_norm, self.config.rms_norm_eps);
+        self.ops.rms_norm_backward(&mut dx, &pass.last, norm, epsilon, dhidden)?;
+        for (layer, x) in pass.inputs.into_iter().enumerate().rev() {
+            // The embedding is frozen: nothing asks for the gradient of the first block's input.
+            self.context(layer, tuning, &pass.sequences, &angles).backward(x, &mut dx, gradients, layer > 0)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,157 @@
+//! Writing text: prefill in chunks of bounded memory, then one token at a time.
+
+use liger_tensor::{Sequences, Tensor};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::adapter::Adapter;
+use crate::decoder::Decoder;
+use crate::error::{Error, Result};
+use crate::sampling::Sampling;
+use crate::state::State;
+
+/// Tokens that a prefill runs at once.
+pub const PREFILL_CHUNK: usize = 512;
+
+/// A model that writes.
+#[derive(Clone, Copy)]
+pub struct Generator<'a> {
+    /// The model.
+    pub decoder: &'a Decoder,
+    /// Its adapter.
+    pub adapter: Option<&'a Adapter>,
+}
+
+impl Generator<'_> {
+    /// Takes tokens into a slot of the state; the logits `[V]` of what comes next.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] if the text would be longer than a model with softmax layers was trained for, or if there
+    /// are no tokens.
+    pub fn prefill(&self, state: &mut State, slot: usize, ids: &[u32]) -> Result<Vec<f32>> {
+        self.check_length(state.position(slot), ids.len())?;
+        let mut last = None;
+        for chunk in ids.chunks(PREFILL_CHUNK) {
+            let mut sequences = Sequences::default();
+            sequences.push(chunk.len(), state.position(slot), slot);
+            let hidden = self.decoder.forward(chunk, &sequences, Some(state), self.adapter)?;
+            last = Some((hidden, chunk.len() - 1));
+        }
+        let (hidden, row) = last.ok_or_else(|| Error::Refused("nothing to go on: the prompt is empty".into()))?;
+        let ops = self.decoder.ops();
+        let mut one = ops.empty(&[1, hidden.dim(1)])?;
+        ops.copy_rows(&mut one, &hidden, row)?;
+        Ok(ops.download(&self.decoder.logits(&one)?)?)
+    }
+
+    /// One token for each of these slots; logits `[slots, V]`.
+    ///
+    /// # Errors
+    /// As [`Generator::prefill`].
+    pub fn step(&self, state: &mut State, tokens: &[(usize, u32)]) -> Result<Tensor> {
+        let mut sequences = Sequences::default();
+        for (slot, _) in tokens {
+            self.check_length(state.position(*slot), 1)?;
+            sequences.push(1, state.position(*slot), *slot);
+        }
+        let ids: Vec<u32> = tokens.iter().map(|(_, id)| *id).collect();
+        let hidden = self.decoder.forward(&ids, &sequences, Some(state), self.adapter)?;
+        self.decoder.logits(&hidden)
+    }
+
+    fn check_length(&self, seen: usize, more: usize) -> Result<()> {
+        match self.decoder.context_limit() {
+            Some(limit) if seen + more > limit => Err(Error::Refused(format!(
+                "{} tokens are more than this model's context of {limit}: it has softmax attention over everything; \
+                 shorten the text, or convert the model (`liger linearize`): a Liger model has no such limit",
+                seen + more
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes after `prompt` until `tell` says stop, a token of `stop_ids` comes, or `max_tokens` are out. The stop
+    /// token is not told.
+    ///
+    /// # Errors
+    /// As [`Generator::prefill`], or what `tell` returns.
+    pub fn generate(
+        &self,
+        state: &mut State,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        tell: &mut dyn FnMut(u32) -> Result<bool>,
+    ) -> Result<Vec<u32>> {
+        let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+        let mut seen = prompt.to_vec();
+        let mut logits = self.prefill(state, 0, prompt)?;
+        for produced in 1..=options.max_tokens {
+            let id = options.sampling.pick(&mut logits, &seen, &mut rng);
+            if options.stop_ids.contains(&id) {
+                break;
+            }
+            seen.push(id);
+            if !tell(id)? || produced == options.max_tokens {
+                break;
+            }
+            logits = self.decoder.ops().download(&self.step(state, &[(0, id)])?)?;
+        }
+        Ok(seen.split_off(prompt.len()))
+    }
+}
+
+/// Settings of [`Generator::generate`].
+#[derive(Debug, Clone)]
+pub struct GenerateOptions {
+    /// Tokens at most.
+    pub max_tokens: usize,
+    /// How each is chosen.
+    pub sampling: Sampling,
+    /// The same seed gives the same text.
+    pub seed: u64,
+    /// Tokens that end the text.
+    pub stop_ids: Vec<u32>,
+}
+
+/// Finds stop strings in text that arrives in pieces.
+#[derive(Debug, Default)]
+pub struct StopStrings {
+    strings: Vec<String>,
+    held: String,
+}
+
+impl StopStrings {
+    /// Watches for these; empty ones are ignored.
+    pub fn new(strings: &[String]) -> Self {
+        Self { strings: strings.iter().filter(|s| !s.is_empty()).cloned().collect(), held: String::new() }
+    }
+
+    /// Takes text in; gives back what is certainly before any stop string, and whether one was found. Text that may be
+    /// the beginning of one waits.
+    ///
+    /// ```
+    /// let mut stop = liger_model::StopStrings::new(&["END".into()]);
+    /// assert_eq!(stop.push("one E"), ("one ".into(), false));
+    /// assert_eq!(stop.push("ND two"), ("".into(), true));
+    /// ```
+    pub fn push(&mut self, text: &str) -> (String, bool) {
+        self.held.push_str(text);
+        if let Some(at) = self.strings.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+            self.held.truncate(at);
+            return (std::mem::take(&mut self.held), true);
+        }
+        let keep = self
+            .held
+            .char_indices()
+            .map(|(at, _)| at)
+            .find(|&at| self.strings.iter().any(|s| s.starts_with(&self.held[at..])))
+            .unwrap_or(self.held.len());
+        let waiting = self.held.split_off(keep);
+        (std::mem::replace(&mut self.held, waiting), false)
+    }
+
+    /// What still waited when the text ended.
+    pub fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}

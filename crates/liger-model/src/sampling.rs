@@ -1,0 +1,117 @@
+//! Choosing the next token from logits.
+
+use rand::RngExt;
+use rand_chacha::ChaCha8Rng;
+
+/// How the next token is chosen; the names are those of Hugging Face's `generate`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f32,
+    /// Only the `top_k` most likely tokens; 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this probability.
+    pub top_p: f32,
+    /// Only tokens of at least this probability, as a share of the most likely one's.
+    pub min_p: f32,
+    /// Positive logits of tokens seen before are divided by this, negative ones multiplied.
+    pub repetition_penalty: f32,
+}
+
+impl Default for Sampling {
+    /// Greedy.
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
+
+impl Sampling {
+    /// Picks a token; `seen` are those that the repetition penalty counts.
+    pub fn pick(&self, logits: &mut [f32], seen: &[u32], rng: &mut ChaCha8Rng) -> u32 {
+        if self.repetition_penalty != 1.0 {
+            let mut seen = seen.to_vec();
+            seen.sort_unstable();
+            seen.dedup();
+            for id in seen {
+                if let Some(logit) = logits.get_mut(id as usize) {
+                    *logit *= if *logit > 0.0 { 1.0 / self.repetition_penalty } else { self.repetition_penalty };
+                }
+            }
+        }
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap_or(0);
+        if self.temperature <= 0.0 {
+            return best as u32;
+        }
+        let max = logits[best];
+        let scaled = |logit: f32| ((logit - max) / self.temperature).exp();
+        let mut candidates: Vec<(u32, f32)> = Vec::new();
+        for (id, &logit) in logits.iter().enumerate() {
+            let p = scaled(logit);
+            // Far below the best: cannot be drawn, and would only be sorted.
+            if p > 1e-9 && p >= self.min_p {
+                candidates.push((id as u32, p));
+            }
+        }
+        if self.top_k > 0 && candidates.len() > self.top_k {
+            candidates.select_nth_unstable_by(self.top_k - 1, |a, b| b.1.total_cmp(&a.1));
+            candidates.truncate(self.top_k);
+        }
+        let mut total: f32 = candidates.iter().map(|c| c.1).sum();
+        if self.top_p < 1.0 {
+            candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
+            let (mut sum, mut keep) = (0.0, 0);
+            while keep < candidates.len() && sum < self.top_p * total {
+                sum += candidates[keep].1;
+                keep += 1;
+            }
+            candidates.truncate(keep.max(1));
+            total = candidates.iter().map(|c| c.1).sum();
+        }
+        let mut draw = rng.random::<f32>() * total;
+        for (id, p) in &candidates {
+            draw -= p;
+            if draw <= 0.0 {
+                return *id;
+            }
+        }
+        candidates.last().map_or(best as u32, |c| c.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+
+    fn draw(sampling: &Sampling, logits: &[f32], seen: &[u32]) -> Vec<u32> {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut drawn: Vec<u32> = (0..400).map(|_| sampling.pick(&mut logits.to_vec(), seen, &mut rng)).collect();
+        drawn.sort_unstable();
+        drawn.dedup();
+        drawn
+    }
+
+    #[test]
+    fn each_filter_keeps_what_it_says() {
+        let logits = [0.0, 2.0, 1.0, -1.0];
+        let all = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_eq!(draw(&Sampling::default(), &logits, &[]), [1]);
+        assert_eq!(draw(&all, &logits, &[]), [0, 1, 2, 3]);
+        assert_eq!(draw(&Sampling { top_k: 2, ..all.clone() }, &logits, &[]), [1, 2]);
+        // Probabilities 0.09, 0.64, 0.24, 0.03.
+        assert_eq!(draw(&Sampling { top_p: 0.9, ..all.clone() }, &logits, &[]), [0, 1, 2]);
+        assert_eq!(draw(&Sampling { top_p: 0.6, ..all.clone() }, &logits, &[]), [1]);
+        assert_eq!(draw(&Sampling { min_p: 0.3, ..all.clone() }, &logits, &[]), [1, 2]);
+        let penalised = Sampling { repetition_penalty: 10.0, ..Sampling::default() };
+        assert_eq!(draw(&penalised, &logits, &[1, 1]), [2]);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let sampling = Sampling { temperature: 0.5, ..Sampling::default() };
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let logits = [0.0, 0.5 * 3.0f32.ln()]; // at temperature 0.5: one to three
+        let ones = (0..20_000).filter(|_| sampling.pick(&mut logits.to_vec(), &[], &mut rng) == 1).count();
+        assert!((ones as f32 / 20_000.0 - 0.75).abs() < 0.01, "{ones}");
+    }
+}

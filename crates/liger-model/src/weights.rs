@@ -1,0 +1,185 @@
+//! The frozen weights of a model, loaded from any source of named tensors.
+
+use liger_tensor::{DType, Ops, Tensor};
+
+use crate::config::{Family, ModelConfig};
+use crate::error::{Error, Result};
+
+/// Named tensors of a checkpoint, under Hugging Face's names.
+pub trait TensorSource {
+    /// Shape of a tensor, if it is there.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+    /// Its elements.
+    ///
+    /// # Errors
+    /// If the file is damaged or holds an element type that is not supported.
+    fn read(&self, name: &str) -> Result<Vec<f32>>;
+    /// An error about this checkpoint.
+    fn error(&self, problem: String) -> Error;
+}
+
+/// A frozen linear layer.
+#[derive(Debug)]
+pub(crate) struct Linear {
+    /// `[out, in]`.
+    pub(crate) weight: Tensor,
+    /// `[out]`.
+    pub(crate) bias: Option<Tensor>,
+}
+
+/// Weights of one block.
+#[derive(Debug)]
+pub(crate) struct BlockWeights {
+    pub(crate) input_norm: Tensor,
+    pub(crate) post_attention_norm: Tensor,
+    /// q, k, v, o in the order of [`Target::ALL`](crate::Target::ALL).
+    pub(crate) attention: [Linear; 4],
+    /// Norms on the heads of q and k (Qwen3).
+    pub(crate) head_norms: Option<[Tensor; 2]>,
+    pub(crate) gate: Linear,
+    pub(crate) up: Linear,
+    pub(crate) down: Linear,
+}
+
+/// All frozen weights. Teacher and student share one copy.
+#[derive(Debug)]
+pub struct Weights {
+    pub(crate) embedding: Tensor,
+    pub(crate) blocks: Vec<BlockWeights>,
+    pub(crate) final_norm: Tensor,
+    /// `None` where the embedding table is the output layer too.
+    pub(crate) lm_head: Option<Tensor>,
+}
+
+/// Name and shape of every tensor that a model of this configuration has; biases of q, k, v, o may be absent in some
+/// families and are not listed.
+pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (d, ff) = (config.hidden_size, config.intermediate_size);
+    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+    let mut list = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, d])];
+    for layer in 0..config.num_layers {
+        let mut add = |name: &str, shape: &[usize]| list.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        add("input_layernorm.weight", &[d]);
+        add("post_attention_layernorm.weight", &[d]);
+        for (name, out, input) in [("q", q, d), ("k", kv, d), ("v", kv, d), ("o", d, q)] {
+            add(&format!("self_attn.{name}_proj.weight"), &[out, input]);
+        }
+        if config.family == Family::Qwen3 {
+            add("self_attn.q_norm.weight", &[config.head_dim]);
+            add("self_attn.k_norm.weight", &[config.head_dim]);
+        }
+        add("mlp.gate_proj.weight", &[ff, d]);
+        add("mlp.up_proj.weight", &[ff, d]);
+        add("mlp.down_proj.weight", &[d, ff]);
+    }
+    list.push(("model.norm.weight".to_owned(), vec![d]));
+    if !config.tie_word_embeddings {
+        list.push(("lm_head.weight".to_owned(), vec![config.vocab_size, d]));
+    }
+    list
+}
+
+impl Weights {
+    /// Loads a model; matrices are kept in `dtype`, norms and biases in float32.
+    ///
+    /// # Errors
+    /// If a tensor is missing, has another shape than the configuration says, or cannot be read.
+    pub fn load(source: &dyn TensorSource, config: &ModelConfig, ops: &dyn Ops, dtype: DType) -> Result<Self> {
+        for (name, shape) in expected_tensors(config) {
+            check_shape(source, &name, &shape)?;
+        }
+        let tensor = |name: &str, dtype: DType| -> Result<Tensor> {
+            let shape = source.shape(name).ok_or_else(|| missing(source, name))?;
+            Ok(ops.upload(source.read(name)?, &shape, dtype)?)
+        };
+        let linear = |name: &str| -> Result<Linear> {
+            let weight = tensor(&format!("{name}.weight"), dtype)?;
+            let bias_name = format!("{name}.bias");
+            let bias = match source.shape(&bias_name) {
+                Some(_) => {
+                    check_shape(source, &bias_name, &[weight.dim(0)])?;
+                    Some(tensor(&bias_name, DType::F32)?)
+                }
+                None => None,
+            };
+            Ok(Linear { weight, bias })
+        };
+        let mut blocks = Vec::with_capacity(config.num_layers);
+        for layer in 0..config.num_layers {
+            let p = format!("model.layers.{layer}");
+            let norm = |name: &str| tensor(&format!("{p}.{name}.weight"), DType::F32);
+            let projection = |name: &str| linear(&format!("{p}.self_attn.{name}_proj"));
+            blocks.push(BlockWeights {
+                input_norm: norm("input_layernorm")?,
+                post_attention_norm: norm("post_attention_layernorm")?,
+                attention: [projection("q")?, projection("k")?, projection("v")?, projection("o")?],
+                head_norms: match config.family {
+                    Family::Qwen3 => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+                    _ => None,
+                },
+                gate: linear(&format!("{p}.mlp.gate_proj"))?,
+                up: linear(&format!("{p}.mlp.up_proj"))?,
+                down: linear(&format!("{p}.mlp.down_proj"))?,
+            });
+        }
+        Ok(Self {
+            embedding: tensor("model.embed_tokens.weight", dtype)?,
+            blocks,
+            final_norm: tensor("model.norm.weight", DType::F32)?,
+            lm_head: match config.tie_word_embeddings {
+                true => None,
+                false => Some(tensor("lm_head.weight", dtype)?),
+            },
+        })
+    }
+
+    /// Every tensor under its Hugging Face name.
+    pub(crate) fn named(&self) -> Vec<(String, &Tensor)> {
+        let mut list = vec![("model.embed_tokens.weight".to_owned(), &self.embedding)];
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let p = format!("model.layers.{layer}");
+            let linear = |name: &str, linear: &'_ Linear| -> [Option<String>; 2] {
+                [Some(format!("{p}.{name}.weight")), linear.bias.as_ref().map(|_| format!("{p}.{name}.bias"))]
+            };
+            let mut pairs = Vec::new();
+            for (name, l) in ["q", "k", "v", "o"].iter().zip(&block.attention) {
+                pairs.push((linear(&format!("self_attn.{name}_proj"), l), l));
+            }
+            for (name, l) in [("gate", &block.gate), ("up", &block.up), ("down", &block.down)] {
+                pairs.push((linear(&format!("mlp.{name}_proj"), l), l));
+            }
+            for ([weight, bias], l) in pairs {
+                list.extend(weight.map(|name| (name, &l.weight)));
+                list.extend(bias.zip(l.bias.as_ref()));
+            }
+            list.push((format!("{p}.input_layernorm.weight"), &block.input_norm));
+            list.push((format!("{p}.post_attention_layernorm.weight"), &block.post_attention_norm));
+            if let Some([q, k]) = &block.head_norms {
+                list.push((format!("{p}.self_attn.q_norm.weight"), q));
+                list.push((format!("{p}.self_attn.k_norm.weight"), k));
+            }
+        }
+        list.push(("model.norm.weight".to_owned(), &self.final_norm));
+        list.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".to_owned(), head)));
+        list
+    }
+
+    /// Bytes that the weights take on the device.
+    pub fn bytes(&self) -> usize {
+        self.named().iter().map(|(_, tensor)| tensor.bytes()).sum()
+    }
+}
+
+fn missing(source: &dyn TensorSource, name: &str) -> Error {
+    source.error(format!("tensor `{name}` is missing; the checkpoint is not complete or not of this config.json"))
+}
+
+fn check_shape(source: &dyn TensorSource, name: &str, expected: &[usize]) -> Result<()> {
+    match source.shape(name) {
+        None => Err(missing(source, name)),
+        Some(found) if found != expected => {
+            Err(source.error(format!("tensor `{name}` has shape {found:?}, config.json says {expected:?}")))
+        }
+        Some(_) => Ok(()),
+    }
+}

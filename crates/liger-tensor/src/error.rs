@@ -1,0 +1,35 @@
+/// What can go wrong inside a device.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A tensor does not have the shape that the operation needs.
+    #[error("{operation}: found a tensor of shape {found:?}, expected {expected}")]
+    Shape {
+        /// The operation that refused.
+        operation: &'static str,
+        /// The shape it was given.
+        found: Vec<usize>,
+        /// The shape it takes, in words.
+        expected: String,
+    },
+    /// A tensor lives on another device, or has another element type, than the operation needs.
+    #[error("{operation}: found a tensor of {found}, expected {expected}")]
+    Storage {
+        /// The operation that refused.
+        operation: &'static str,
+        /// What it was given.
+        found: &'static str,
+        /// What it takes.
+        expected: &'static str,
+    },
+    /// A token id is not in the embedding table.
+    #[error("token id {id} is out of range: the model has {vocabulary} tokens")]
+    TokenOutOfRange {
+        /// The id found.
+        id: i64,
+        /// Rows of the embedding table.
+        vocabulary: usize,
+    },
+}
+
+/// Result of a device operation.
+pub type Result<T> = std::result::Result<T, Error>;

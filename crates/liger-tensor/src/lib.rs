@@ -1,0 +1,21 @@
+//! Tensors, and [`Ops`]: the one list of operations that every device implements.
+//!
+//! The list is of *whole* operations (a norm, an attention, a gated recurrence), each with its `_forward` and, where a
+//! model is trained through it, its `_backward`. There is no graph: the layers of `liger-model` call both by hand.
+//!
+//! Rows. Every activation is a matrix of token rows, `[N, ...]`, in which whole sequences lie one after another;
+//! [`Sequences`] says where each begins, which slot of a decoding state it continues and at which position.
+//! One layout so serves packed training batches, ragged prefill and one-token decoding.
+
+mod error;
+mod ops;
+mod sequences;
+mod tensor;
+
+pub use error::{Error, Result};
+pub use ops::{
+    AdamwStep, AttentionSpec, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, KeyValueCache, Ops, Recurrence,
+    RecurrenceGradients,
+};
+pub use sequences::{Sequence, Sequences};
+pub use tensor::{DType, DeviceMemory, Pool, Storage, Tensor};

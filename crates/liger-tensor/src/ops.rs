@@ -1,0 +1,316 @@
+use std::any::Any;
+
+use crate::{DType, Result, Sequences, Tensor};
+
+/// `c = scale * op(a) op(b) (+ c)`, where `op` transposes if asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Gemm {
+    /// Use `a` transposed.
+    pub transpose_a: bool,
+    /// Use `b` transposed: weights are kept `[out, in]`, so a linear layer is `x w^T`.
+    pub transpose_b: bool,
+    /// Factor of the product.
+    pub scale: f32,
+    /// Add to `c` instead of overwriting it.
+    pub accumulate: bool,
+}
+
+impl Gemm {
+    /// `x w^T`: a linear layer.
+    pub const LINEAR: Self = Self { transpose_a: false, transpose_b: true, scale: 1.0, accumulate: false };
+    /// `dy w`: the gradient of a linear layer's input.
+    pub const INPUT_GRADIENT: Self = Self { transpose_a: false, transpose_b: false, scale: 1.0, accumulate: false };
+    /// `dy^T x`: the gradient of a linear layer's weight.
+    pub const WEIGHT_GRADIENT: Self = Self { transpose_a: true, transpose_b: false, scale: 1.0, accumulate: false };
+
+    /// The same, adding to what `c` holds.
+    pub fn accumulated(self) -> Self {
+        Self { accumulate: true, ..self }
+    }
+
+    /// The same, times `scale`.
+    pub fn scaled(self, scale: f32) -> Self {
+        Self { scale, ..self }
+    }
+}
+
+/// Which earlier keys a query sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionSpec {
+    /// The last `window` keys, its own counted; all of them if `None`.
+    pub window: Option<usize>,
+    /// The first `sinks` keys of the text stay visible besides the window.
+    pub sinks: usize,
+}
+
+/// Keys (after RoPE) and values that later tokens may still see, for each slot of a decoding state.
+#[derive(Debug)]
+pub struct KeyValueCache {
+    /// Which keys are ever needed again.
+    pub spec: AttentionSpec,
+    /// `[slots, K, rows, D]`; with a window `rows = sinks + window`, the window being a ring over positions;
+    /// without one, row = position, and the cache grows.
+    pub keys: Tensor,
+    /// `[slots, K, rows, D]`.
+    pub values: Tensor,
+}
+
+impl KeyValueCache {
+    /// The row that the key at `position` is kept in.
+    pub fn row(spec: AttentionSpec, position: usize) -> usize {
+        match spec.window {
+            Some(window) if position >= spec.sinks => spec.sinks + (position - spec.sinks) % window,
+            _ => position,
+        }
+    }
+
+    /// Bytes of the memory held.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+}
+
+/// Which axis of the recurrent state `[Dk, Dv]` the gate decays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateAxis {
+    /// `S_t = diag(a_t) S_{t-1} + k_t^T v_t`, gates `[N, K, Dk]`.
+    Key,
+    /// `S_t = S_{t-1} diag(a_t) + k_t^T v_t`, gates `[N, K, Dv]`: the first pass of gsa.
+    Value,
+}
+
+/// Inputs of the gated recurrence `o_t = q_t S_t`, for K key/value heads read by H = G K query heads.
+#[derive(Clone, Copy)]
+pub struct Recurrence<'a> {
+    /// `[N, H, Dk]`.
+    pub q: &'a Tensor,
+    /// `[N, K, Dk]`.
+    pub k: &'a Tensor,
+    /// `[N, K, Dv]`.
+    pub v: &'a Tensor,
+    /// Logarithm of the gate, <= 0; `[N, K, Dk]` or `[N, K, Dv]` after `axis`. A value below -40 counts as -40.
+    pub log_gate: &'a Tensor,
+    /// The axis that the gate decays.
+    pub axis: GateAxis,
+    /// The sequences of the N rows.
+    pub sequences: &'a Sequences,
+}
+
+/// Gradients of the inputs of a [`Recurrence`], each overwritten.
+pub struct RecurrenceGradients<'a> {
+    /// `[N, H, Dk]`.
+    pub q: &'a mut Tensor,
+    /// `[N, K, Dk]`.
+    pub k: &'a mut Tensor,
+    /// `[N, K, Dv]`.
+    pub v: &'a mut Tensor,
+    /// Like the gate.
+    pub log_gate: &'a mut Tensor,
+    /// In: the gradient of the final state. Out: that of the initial one. `[sequences, K, Dk, Dv]`, by sequence.
+    /// `None` if the final state has no gradient and nobody asks for the initial one's.
+    pub state: Option<&'a mut Tensor>,
+}
+
+/// What becomes of a query or a key before the recurrence, over its head dimension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FeatureMap {
+    /// `softmax(x)`.
+    Softmax,
+    /// `1 - sigmoid(x)`.
+    OneMinusSigmoid,
+}
+
+/// How the log gate comes out of the key.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Gate {
+    /// `log sigmoid(k) / divisor`.
+    LogSigmoid {
+        /// 16 for gla, 1 for hgrn2.
+        divisor: f32,
+    },
+    /// `log sigmoid(mean of k over the head)`, one a head.
+    MeanLogSigmoid,
+    /// `-softplus(mean of k over the head)`, one a head.
+    MeanNegativeSoftplus,
+    /// `-exp(k)`.
+    NegativeExp,
+}
+
+/// The front of a recurrent structure: feature maps of query and key, and the gate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FeatureSpec {
+    /// f(q).
+    pub query: FeatureMap,
+    /// The write key w.
+    pub key: FeatureMap,
+    /// The log gate.
+    pub gate: Gate,
+}
+
+/// One AdamW update, as PyTorch defines it (decoupled weight decay, bias correction).
+#[derive(Debug, Clone, Copy)]
+pub struct AdamwStep {
+    /// Learning rate now.
+    pub learning_rate: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Weight decay.
+    pub weight_decay: f32,
+    /// Number of this update, from 1.
+    pub step: u64,
+    /// Every gradient is multiplied by this first: clipping, accumulation.
+    pub gradient_scale: f32,
+}
+
+/// The operations that a device implements. `N` counts token rows, see [`Sequences`]; `[N, ...]` tensors are float32.
+///
+/// Outputs come first and are overwritten unless the text says "adds". Every method fails with
+/// [`Error::Shape`](crate::Error::Shape) or [`Error::Storage`](crate::Error::Storage) where tensors do not fit.
+pub trait Ops: Send + Sync {
+    /// The device for people: "cpu, 2 threads, avx512f".
+    fn describe(&self) -> String;
+    /// For a device's own benchmarks and tests.
+    fn as_any(&self) -> &dyn Any;
+
+    /// A float32 tensor whose elements are not set.
+    fn empty(&self, shape: &[usize]) -> Result<Tensor>;
+    /// A float32 tensor of zeros.
+    fn zeros(&self, shape: &[usize]) -> Result<Tensor>;
+    /// Copies `data` to the device and keeps it in `dtype`.
+    fn upload(&self, data: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Tensor>;
+    /// The elements as float32.
+    fn download(&self, tensor: &Tensor) -> Result<Vec<f32>>;
+    /// Copies rows `start..start + destination rows` of `source` (axis 0).
+    fn copy_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()>;
+    /// Copies all of `source` over the rows of `destination` from `start`.
+    fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()>;
+    /// Memory that is not in use goes back to the system.
+    fn trim(&self);
+
+    /// See [`Gemm`]. Tensors of more than two axes count as `[first, rest]`.
+    fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()>;
+    /// Adds `bias [M]` to every row of `x [N, M]`.
+    fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()>;
+    /// `y = a x + b y`.
+    fn axpby(&self, y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()>;
+
+    /// `x weight / rms(x)` over rows of `weight.len()` elements.
+    fn rms_norm_forward(&self, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()>;
+    /// Adds the gradient of `x` to `dx`.
+    fn rms_norm_backward(&self, dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()>;
+    /// Rotates the halves of each head of `x [N, heads, D]` by the angles of `cos`, `sin` `[N, D/2]`; `inverse`
+    /// rotates back, which is also the backward.
+    fn rope(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()>;
+    /// `silu(gate) up`.
+    fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()>;
+    /// Overwrites `gate` and `up` by their gradients.
+    fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()>;
+    /// Rows `ids` of `table [V, d]` as float32 `[N, d]`.
+    fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()>;
+    /// Inverted dropout: zero with probability `p`, else `x / (1 - p)`; the same `seed` gives the same mask.
+    fn dropout(&self, x: &mut Tensor, p: f32, seed: u64) -> Result<()>;
+
+    /// Softmax attention, scores times `D^-1/2`; `q [N, H, D]`, `k`, `v` `[N, K, D]` after RoPE. With a cache, queries
+    /// see what it holds of their slot too, and it takes in the new keys; its memory grows where it has no window.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_forward(
+        &self,
+        out: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        sequences: &Sequences,
+        spec: AttentionSpec,
+        cache: Option<&mut KeyValueCache>,
+    ) -> Result<()>;
+    /// Gradients of an attention from the beginning of every sequence, without a cache.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        dq: &mut Tensor,
+        dk: &mut Tensor,
+        dv: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        out: &Tensor,
+        dout: &Tensor,
+        sequences: &Sequences,
+        spec: AttentionSpec,
+    ) -> Result<()>;
+
+    /// f(q) `[N, H, D]`, write key and log gate `[N, K, D]` of `q` and `k`.
+    fn features_forward(
+        &self,
+        query: &mut Tensor,
+        key: &mut Tensor,
+        log_gate: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        spec: FeatureSpec,
+    ) -> Result<()>;
+    /// Overwrites the gradients of f(q), write key and log gate: `dquery` by that of `q`, `dkey` by that of `k`.
+    fn features_backward(
+        &self,
+        dquery: &mut Tensor,
+        dkey: &mut Tensor,
+        dlog_gate: &Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        spec: FeatureSpec,
+    ) -> Result<()>;
+    /// gsa: log gate `log sigmoid(pool(k)) / 16` and write strength `1 - gate`, both `[N, K, M]`, of `k [N, K, D]`;
+    /// `pool` is the adaptive mean over M stretches of the head.
+    fn slot_gates_forward(&self, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()>;
+    /// Adds the gradient of `k` to `dk`.
+    fn slot_gates_backward(&self, dk: &mut Tensor, dlog_gate: &Tensor, dwrite: &Tensor, k: &Tensor) -> Result<()>;
+    /// Softmax over the last axis, in place.
+    fn softmax_forward(&self, x: &mut Tensor) -> Result<()>;
+    /// Overwrites the gradient of `y = softmax(x)` by that of `x`.
+    fn softmax_backward(&self, dy: &mut Tensor, y: &Tensor) -> Result<()>;
+
+    /// The gated recurrence, chunk by chunk, or by single steps where all sequences have one row.
+    /// `state [slots, K, Dk, Dv]`, by slot: initial state in, final state out; zero and lost if `None`.
+    fn gated_recurrence_forward(
+        &self,
+        out: &mut Tensor,
+        inputs: Recurrence<'_>,
+        state: Option<&mut Tensor>,
+    ) -> Result<()>;
+    /// Gradients given `dout [N, H, Dv]`; `initial [slots, K, Dk, Dv]` is the state that the forward began with.
+    fn gated_recurrence_backward(
+        &self,
+        gradients: RecurrenceGradients<'_>,
+        inputs: Recurrence<'_>,
+        initial: Option<&Tensor>,
+        dout: &Tensor,
+    ) -> Result<()>;
+
+    /// Cross-entropy of each row of `logits [N, V]`, 0 where the label is negative. With a scale, `logits` are
+    /// overwritten by `scale` times their gradient; without, they stay.
+    fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>>;
+    /// KL(teacher || student) of each row, 0 where `count` is false. With a scale, the student's logits are
+    /// overwritten by `scale` times their gradient; the teacher's may be overwritten in any case.
+    fn kl_divergence(
+        &self,
+        student: &mut Tensor,
+        teacher: &mut Tensor,
+        count: &[bool],
+        gradient_scale: Option<f32>,
+    ) -> Result<Vec<f32>>;
+    /// Sum of the squares of all elements, in float64.
+    fn sum_of_squares(&self, x: &Tensor) -> Result<f64>;
+    /// One update of `parameter` and its two moments.
+    fn adamw(
+        &self,
+        parameter: &mut Tensor,
+        gradient: &Tensor,
+        first_moment: &mut Tensor,
+        second_moment: &mut Tensor,
+        step: AdamwStep,
+    ) -> Result<()>;
+}

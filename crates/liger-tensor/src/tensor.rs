@@ -1,0 +1,199 @@
+use std::any::Any;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use half::bf16;
+
+use crate::{Error, Result};
+
+/// Element type of a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DType {
+    /// 32-bit float.
+    F32,
+    /// bfloat16, for frozen weights.
+    Bf16,
+}
+
+impl DType {
+    /// Bytes an element takes.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Memory that only its own device can read.
+pub trait DeviceMemory: Any + Send + Sync {
+    /// For the device to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+    /// The same, to write.
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+}
+
+/// Where the elements of a tensor are.
+pub enum Storage {
+    /// In host memory.
+    F32(Vec<f32>),
+    /// In host memory.
+    Bf16(Vec<bf16>),
+    /// On another device.
+    Device(Box<dyn DeviceMemory>),
+}
+
+/// A dense row-major array on one device. Owned: a tensor is never a view of another.
+pub struct Tensor {
+    shape: Vec<usize>,
+    dtype: DType,
+    storage: Storage,
+    pool: Option<Arc<Pool>>,
+}
+
+impl Tensor {
+    /// Wraps host memory of `shape.iter().product()` elements.
+    ///
+    /// # Panics
+    /// If the number of elements is not that of the shape.
+    pub fn host(shape: &[usize], storage: Storage) -> Self {
+        let (count, dtype) = match &storage {
+            Storage::F32(data) => (data.len(), DType::F32),
+            Storage::Bf16(data) => (data.len(), DType::Bf16),
+            Storage::Device(_) => (shape.iter().product(), DType::F32),
+        };
+        assert_eq!(count, shape.iter().product::<usize>(), "elements of shape {shape:?}");
+        Self { shape: shape.to_vec(), dtype, storage, pool: None }
+    }
+
+    /// A float32 tensor whose memory comes from `pool` and goes back there when it is dropped. Its elements are those
+    /// of whoever had the memory before.
+    pub fn pooled(shape: &[usize], pool: &Arc<Pool>) -> Self {
+        let data = pool.take(shape.iter().product());
+        Self { shape: shape.to_vec(), dtype: DType::F32, storage: Storage::F32(data), pool: Some(pool.clone()) }
+    }
+
+    /// Wraps memory of another device.
+    pub fn device(shape: &[usize], dtype: DType, memory: Box<dyn DeviceMemory>) -> Self {
+        Self { shape: shape.to_vec(), dtype, storage: Storage::Device(memory), pool: None }
+    }
+
+    /// Lengths of the axes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes of the elements.
+    pub fn bytes(&self) -> usize {
+        self.len() * self.dtype.size()
+    }
+
+    /// Length of axis `axis`, 1 past the last.
+    pub fn dim(&self, axis: usize) -> usize {
+        self.shape.get(axis).copied().unwrap_or(1)
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Panics
+    /// If the number of elements differs.
+    pub fn reshaped(mut self, shape: &[usize]) -> Self {
+        assert_eq!(self.len(), shape.iter().product::<usize>(), "reshape {:?} to {shape:?}", self.shape);
+        self.shape = shape.to_vec();
+        self
+    }
+
+    /// Where the elements are.
+    pub fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// The same, to write.
+    pub fn storage_mut(&mut self) -> &mut Storage {
+        &mut self.storage
+    }
+
+    /// The elements, if they are float32 in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] for anything else.
+    pub fn as_f32(&self) -> Result<&[f32]> {
+        match &self.storage {
+            Storage::F32(data) => Ok(data),
+            other => Err(wrong_storage(other)),
+        }
+    }
+
+    /// The elements to write, if they are float32 in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] for anything else.
+    pub fn as_f32_mut(&mut self) -> Result<&mut [f32]> {
+        match &mut self.storage {
+            Storage::F32(data) => Ok(data),
+            other => Err(wrong_storage(other)),
+        }
+    }
+}
+
+fn wrong_storage(found: &Storage) -> Error {
+    let found = match found {
+        Storage::F32(_) => "host float32",
+        Storage::Bf16(_) => "host bfloat16",
+        Storage::Device(_) => "another device",
+    };
+    Error::Storage { operation: "read", found, expected: "host float32" }
+}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        if let (Some(pool), Storage::F32(data)) = (&self.pool, &mut self.storage) {
+            pool.give_back(std::mem::take(data));
+        }
+    }
+}
+
+impl std::fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor{:?} {:?}", self.shape, self.dtype)
+    }
+}
+
+/// Host memory that tensors give back and take again, so that a step after the first allocates nothing.
+#[derive(Default)]
+pub struct Pool {
+    free: Mutex<HashMap<usize, Vec<Vec<f32>>>>,
+}
+
+impl Pool {
+    /// Memory is kept by its exact length: the sizes of a step are few and repeat.
+    fn take(&self, count: usize) -> Vec<f32> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.get_mut(&count).and_then(Vec::pop).unwrap_or_else(|| vec![0.0; count])
+    }
+
+    fn give_back(&self, data: Vec<f32>) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.entry(data.len()).or_default().push(data);
+    }
+
+    /// Frees what no tensor holds now: between phases whose sizes differ.
+    pub fn trim(&self) {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
