@@ -26,7 +26,7 @@ pub(crate) struct Heads {
 impl Heads {
     pub(crate) fn of(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Self> {
         let heads = Self { query: q.dim(1), kv: k.dim(1), dim: q.dim(2) };
-        let fits = heads.kv > 0 && heads.query % heads.kv == 0 && k.dim(2) == heads.dim;
+        let fits = heads.kv > 0 && heads.query.is_multiple_of(heads.kv) && k.dim(2) == heads.dim;
         if fits && q.dim(0) == k.dim(0) && q.dim(0) == sequences.rows() {
             return Ok(heads);
         }

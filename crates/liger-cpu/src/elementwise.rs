@@ -13,7 +13,7 @@ pub(crate) fn same_length(operation: &'static str, a: &Tensor, b: &Tensor) -> Re
 }
 
 fn whole_rows(operation: &'static str, x: &Tensor, width: usize) -> Result<()> {
-    if width > 0 && x.len() % width == 0 {
+    if width > 0 && x.len().is_multiple_of(width) {
         return Ok(());
     }
     Err(Error::Shape { operation, found: x.shape().to_vec(), expected: format!("rows of {width}") })

@@ -13,6 +13,7 @@
 //! ```
 
 mod attention;
+mod dots;
 mod elementwise;
 mod features;
 mod gemm;

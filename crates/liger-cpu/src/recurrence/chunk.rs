@@ -89,7 +89,7 @@ impl<'a> Chunk<'a> {
     }
 
     /// exp(gates summed from the chunk's first token to each row), `[C, D]`: the decay of the state before the chunk.
-    pub(crate) fn from_start(&self) -> Vec<f32> {
+    pub(crate) fn start_decay(&self) -> Vec<f32> {
         let mut decay = self.row_decay.clone();
         vectorized(|| {
             for sub in 1..self.subs() {
@@ -103,7 +103,7 @@ impl<'a> Chunk<'a> {
     }
 
     /// exp(gates summed from after each row to the chunk's end), `[C, D]`.
-    pub(crate) fn to_end(&self) -> Vec<f32> {
+    pub(crate) fn end_decay(&self) -> Vec<f32> {
         self.column_decay(self.subs())
     }
 

@@ -135,7 +135,7 @@ fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize) -> Vec<f32> {
 
 /// S := decay on `axis` of S, then + k^T v with the gated one decayed to the chunk's end.
 fn advance(state: &mut [f32], c: &Loaded, chunk: &Chunk<'_>, axis: GateAxis, dk: usize, dv: usize) {
-    let (total, to_end) = (chunk.total_decay(), chunk.to_end());
+    let (total, to_end) = (chunk.total_decay(), chunk.end_decay());
     let len = c.k.len() / dk;
     decay_state(state, &total, axis, dv);
     match axis {
@@ -163,7 +163,7 @@ fn decay_state(state: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
 fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -> Vec<f32> {
     let (dk, dv, group) = (p.heads.dim, p.value_dim, p.heads.group());
     let (len, count) = (c.k.len() / dk, c.q.len() / dk);
-    let from_start = chunk.from_start();
+    let from_start = chunk.start_decay();
     match p.axis {
         GateAxis::Key => {
             let mut out = vec![0.0f32; count * dv];
@@ -351,7 +351,7 @@ fn chunk_gradients(
 ) -> ChunkGradients {
     let (dk, dv, group) = (p.heads.dim, p.value_dim, p.heads.group());
     let (len, count) = (c.k.len() / dk, c.q.len() / dk);
-    let (from_start, to_end, total) = (chunk.from_start(), chunk.to_end(), chunk.total_decay());
+    let (from_start, to_end, total) = (chunk.start_decay(), chunk.end_decay(), chunk.total_decay());
     let product = |sizes: (usize, usize, usize), a, b| {
         let mut c = vec![0.0f32; sizes.0 * sizes.1];
         add_product(&mut c, sizes, a, b);

@@ -1,0 +1,160 @@
+//! `x w^T` as dot products: both operands are contiguous along the sum, so nothing is packed or transposed.
+//!
+//! A tile keeps 4 weight rows times up to 6 rows of `x` in registers. Weights are read once for every block of rows of
+//! `x`, from memory once a call: what a decoding step needs, and good for tall `x` too.
+
+use half::bf16;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use crate::parallel::Disjoint;
+
+/// Weight rows of a tile.
+const COLUMNS: usize = 4;
+/// Rows of `x` that are gone through with one group of weight rows before the next.
+const ROW_BLOCK: usize = 48;
+/// Terms of the sum per pass, so that a tile's operands stay in the nearest cache.
+const DEPTH: usize = 1024;
+
+/// An element type of weights.
+pub(crate) trait Weight: Copy + Sync {
+    /// `weights` as float32, in `scratch` if they have to be widened.
+    fn widened<'a>(weights: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
+}
+
+impl Weight for f32 {
+    fn widened<'a>(weights: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        weights
+    }
+}
+
+impl Weight for bf16 {
+    fn widened<'a>(weights: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
+        crate::parallel::vectorized(|| {
+            scratch.clear();
+            scratch.extend(weights.iter().map(|w| f32::from_bits(u32::from(w.to_bits()) << 16)));
+        });
+        scratch
+    }
+}
+
+/// `c [m, n] = scale * x [m, k] w [n, k]^T (+ c)`.
+pub(crate) fn product<W: Weight>(
+    c: &mut [f32],
+    x: &[f32],
+    w: &[W],
+    (m, n, k): (usize, usize, usize),
+    scale: f32,
+    accumulate: bool,
+) {
+    assert!(c.len() == m * n && x.len() == m * k && w.len() == n * k, "dot products {m} x {k} x {n}");
+    let c = Disjoint::new(c);
+    let threads = rayon::current_num_threads();
+    // Enough pieces to share evenly, each of enough work to be worth handing over.
+    let smallest = (1usize << 16).div_ceil(m * k.max(1)).next_multiple_of(COLUMNS);
+    let piece = n.div_ceil(4 * threads).next_multiple_of(COLUMNS).max(smallest);
+    (0..n.div_ceil(piece)).into_par_iter().with_max_len(1).for_each(|i| {
+        let columns = i * piece..n.min((i + 1) * piece);
+        pulp::Arch::new().dispatch(Piece { c: &c, x, w, columns, m, n, k, scale, accumulate });
+    });
+}
+
+struct Piece<'a, W> {
+    c: &'a Disjoint<'a>,
+    x: &'a [f32],
+    w: &'a [W],
+    columns: std::ops::Range<usize>,
+    m: usize,
+    n: usize,
+    k: usize,
+    scale: f32,
+    accumulate: bool,
+}
+
+impl<W: Weight> WithSimd for Piece<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let mut scratch = Vec::new();
+        for first_row in (0..self.m).step_by(ROW_BLOCK) {
+            let rows = first_row..self.m.min(first_row + ROW_BLOCK);
+            for group in self.columns.clone().step_by(COLUMNS) {
+                let count = COLUMNS.min(self.columns.end - group);
+                let weights = W::widened(&self.w[group * self.k..(group + count) * self.k], &mut scratch);
+                for depth in (0..self.k).step_by(DEPTH) {
+                    let depth = depth..self.k.min(depth + DEPTH);
+                    // A short last group repeats its last row; the surplus is not stored.
+                    let w: [&[f32]; COLUMNS] = std::array::from_fn(|i| {
+                        let row = i.min(count - 1) * self.k;
+                        &weights[row + depth.start..row + depth.end]
+                    });
+                    self.row_block(simd, rows.clone(), group, count, depth, w);
+                }
+            }
+        }
+    }
+}
+
+impl<W: Weight> Piece<'_, W> {
+    #[inline(always)]
+    fn row_block<S: Simd>(
+        &self,
+        simd: S,
+        rows: std::ops::Range<usize>,
+        group: usize,
+        count: usize,
+        depth: std::ops::Range<usize>,
+        w: [&[f32]; COLUMNS],
+    ) {
+        let mut row = rows.start;
+        // Six rows and four columns fill the 32 registers of AVX-512; with 16 registers two rows do.
+        while S::F32_LANES >= 16 && row + 6 <= rows.end {
+            self.tile::<S, 6>(simd, row, group, count, depth.clone(), w);
+            row += 6;
+        }
+        while row + 2 <= rows.end {
+            self.tile::<S, 2>(simd, row, group, count, depth.clone(), w);
+            row += 2;
+        }
+        if row < rows.end {
+            self.tile::<S, 1>(simd, row, group, count, depth, w);
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        group: usize,
+        count: usize,
+        depth: std::ops::Range<usize>,
+        w: [&[f32]; COLUMNS],
+    ) {
+        let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * self.k..][depth.clone()]);
+        let whole = depth.len() / S::F32_LANES;
+        let x_lanes = x.map(|x| &S::as_simd_f32s(x).0[..whole]);
+        let w_lanes = w.map(|w| &S::as_simd_f32s(w).0[..whole]);
+        let mut sums = [[simd.splat_f32s(0.0); COLUMNS]; R];
+        for i in 0..whole {
+            for r in 0..R {
+                for column in 0..COLUMNS {
+                    sums[r][column] = simd.mul_add_f32s(x_lanes[r][i], w_lanes[column][i], sums[r][column]);
+                }
+            }
+        }
+        for r in 0..R {
+            // SAFETY: pieces have distinct columns, and this is the only slice of them alive.
+            let out = unsafe { self.c.slice((row + r) * self.n + group, count) };
+            for (column, out) in out.iter_mut().enumerate() {
+                let mut sum = simd.reduce_sum_f32s(sums[r][column]);
+                for i in whole * S::F32_LANES..depth.len() {
+                    sum += x[r][i] * w[column][i];
+                }
+                let keep = self.accumulate || depth.start > 0;
+                *out = self.scale * sum + if keep { *out } else { 0.0 };
+            }
+        }
+    }
+}
