@@ -246,7 +246,7 @@ impl Ops for Cpu {
     fn kl_divergence(
         &self,
         student: &mut Tensor,
-        teacher: &mut Tensor,
+        teacher: &Tensor,
         count: &[bool],
         gradient_scale: Option<f32>,
     ) -> Result<Vec<f32>> {

@@ -294,11 +294,11 @@ pub trait Ops: Send + Sync {
     /// overwritten by `scale` times their gradient; without, they stay.
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>>;
     /// KL(teacher || student) of each row, 0 where `count` is false. With a scale, the student's logits are
-    /// overwritten by `scale` times their gradient; the teacher's may be overwritten in any case.
+    /// overwritten by `scale` times their gradient; without, they stay.
     fn kl_divergence(
         &self,
         student: &mut Tensor,
-        teacher: &mut Tensor,
+        teacher: &Tensor,
         count: &[bool],
         gradient_scale: Option<f32>,
     ) -> Result<Vec<f32>>;

@@ -1,0 +1,206 @@
+//! Arguments and steps that several verbs share.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use liger_model::checkpoint::load_adapter;
+use liger_model::{Adapter, Checkpoint, Decoder, Sampling};
+use liger_tensor::{DType, Ops};
+
+/// Where to run.
+#[derive(Args, Clone)]
+pub struct DeviceArgs {
+    /// auto, cpu or cuda[:N]
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Element type of the weights in memory
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: Precision,
+    /// Threads of the CPU [default: all cores]
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+/// Element type of weights.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    F32,
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl DeviceArgs {
+    /// The device.
+    pub fn open(&self) -> Result<Arc<dyn Ops>> {
+        if let Some(threads) = self.threads {
+            if threads == 0 {
+                bail!("--threads: found 0, expected at least 1");
+            }
+            rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+        }
+        match self.device.as_str() {
+            "auto" | "cpu" => Ok(Arc::new(liger_cpu::Cpu::new())),
+            device if device == "cuda" || device.starts_with("cuda:") => {
+                bail!("--device {device}: this build runs on the CPU only; use --device cpu")
+            }
+            other => bail!("--device: found `{other}`, expected auto, cpu or cuda[:N]"),
+        }
+    }
+}
+
+/// A model on a device, with its adapter.
+pub struct Loaded {
+    pub checkpoint: Checkpoint,
+    pub decoder: Decoder,
+    pub adapter: Option<Adapter>,
+}
+
+impl Loaded {
+    pub fn open(model: &Path, adapter: Option<&Path>, device: &DeviceArgs) -> Result<Self> {
+        let checkpoint = Checkpoint::open(model)?;
+        Self::load(checkpoint, adapter, device)
+    }
+
+    pub fn load(checkpoint: Checkpoint, adapter: Option<&Path>, device: &DeviceArgs) -> Result<Self> {
+        let decoder = checkpoint.load(device.open()?, device.dtype.into())?;
+        let adapter = match adapter {
+            Some(folder) => Some(load_adapter(folder, decoder.config(), decoder.ops())?),
+            None => None,
+        };
+        Ok(Self { checkpoint, decoder, adapter })
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Args, Clone)]
+pub struct SamplingArgs {
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Only the K most likely tokens; 0 for all
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// Only tokens of at least this share of the most likely one's probability
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Above 1: tokens that were there before become less likely
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// The same seed gives the same text
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Tokens at most
+    #[arg(long, short = 'n', default_value_t = 256)]
+    pub max_tokens: usize,
+    /// Ends the text, which does not contain it; may be given several times
+    #[arg(long)]
+    pub stop: Vec<String>,
+}
+
+impl SamplingArgs {
+    pub fn sampling(&self) -> Result<Sampling> {
+        let Self { temperature, top_k, top_p, min_p, repetition_penalty, .. } = *self;
+        if !(temperature >= 0.0 && temperature.is_finite()) {
+            bail!("--temperature: found {temperature}, expected a number that is not negative");
+        }
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            bail!("--top-p: found {top_p}, expected above 0 and at most 1");
+        }
+        if !(0.0..=1.0).contains(&min_p) {
+            bail!("--min-p: found {min_p}, expected from 0 to 1");
+        }
+        if !(repetition_penalty > 0.0 && repetition_penalty.is_finite()) {
+            bail!("--repetition-penalty: found {repetition_penalty}, expected a number above 0");
+        }
+        Ok(Sampling { temperature, top_k, top_p, min_p, repetition_penalty })
+    }
+}
+
+/// Where to write.
+#[derive(Args, Clone)]
+pub struct OutArgs {
+    /// Folder to write to
+    #[arg(long, short)]
+    pub out: PathBuf,
+    /// Write even if the folder is not empty
+    #[arg(long)]
+    pub force: bool,
+}
+
+impl OutArgs {
+    /// Makes the folder; refuses one that holds something.
+    pub fn prepare(&self) -> Result<()> {
+        prepare_folder(&self.out, self.force)
+    }
+}
+
+pub fn prepare_folder(folder: &Path, force: bool) -> Result<()> {
+    if folder.exists() && !folder.is_dir() {
+        bail!("{}: a file; give a folder to write to", folder.display());
+    }
+    let filled = folder.read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    if filled && !force {
+        bail!("{}: the folder is not empty; give another one, or --force to write into it", folder.display());
+    }
+    std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot make the folder", folder.display()))
+}
+
+/// Text to standard output; a closed pipe is an error that `main` takes for success.
+pub fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// A number with K, M or G.
+pub fn parse_count(text: &str) -> Result<u64, String> {
+    let (digits, factor) = match text.trim_end_matches(['k', 'K', 'm', 'M', 'g', 'G']) {
+        digits if digits.len() + 1 == text.len() => {
+            let factor = match text.as_bytes()[digits.len()].to_ascii_lowercase() {
+                b'k' => 1e3,
+                b'm' => 1e6,
+                _ => 1e9,
+            };
+            (digits, factor)
+        }
+        _ => (text, 1.0),
+    };
+    let number: f64 = digits.parse().map_err(|_| "expected a number such as 4096, 50K or 20M".to_owned())?;
+    let count = number * factor;
+    if !(1.0..1e15).contains(&count) {
+        return Err("expected a number of at least 1".into());
+    }
+    Ok(count.round() as u64)
+}
+
+/// "134.5 M", "7.1 MiB" and the like for people.
+pub fn mebibytes(bytes: usize) -> String {
+    let mib = bytes as f64 / (1024.0 * 1024.0);
+    if mib >= 1024.0 { format!("{:.2} GiB", mib / 1024.0) } else { format!("{mib:.2} MiB") }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn counts() {
+        let found = ["4096", "50K", "1.5m", "2G"].map(|t| super::parse_count(t).unwrap());
+        assert_eq!(found, [4096, 50_000, 1_500_000, 2_000_000_000]);
+        for wrong in ["", "K", "x", "-1", "0", "1KK"] {
+            assert!(super::parse_count(wrong).is_err(), "{wrong}");
+        }
+    }
+}

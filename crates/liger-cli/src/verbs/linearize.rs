@@ -1,0 +1,393 @@
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use liger_eval::{Answers, BUCKETS, ConversionReport, Subject, scores_by_position, step_cost};
+use liger_model::checkpoint::{SaveFormat, load_adapter, save_model};
+use liger_model::{Adapter, Checkpoint, Decoder, GenerateOptions, Generator, LigerConfig, Message, Sampling, files};
+use liger_train::data::{Document, Documents, OwnText, write_conversations};
+use liger_train::{Event, Finished, Recipe, StepRecord, Trainer};
+
+use crate::common::{DeviceArgs, parse_count, prepare_folder, print};
+use crate::interrupt::{self, Interrupted};
+use crate::progress::Progress;
+
+/// Convert a model, tune it, measure it, and write a report.
+#[derive(clap::Args)]
+#[command(
+    after_help = "Example: liger linearize Llama-3.2-1B --data alpaca.jsonl --recipe paper --out llama-liger\n\n\
+    With --data self the model writes the tuning text itself. --resume goes on where a run was cut off."
+)]
+pub struct Args {
+    /// Model folder or GGUF file
+    model: PathBuf,
+    /// Tuning text: .jsonl (Alpaca, chat, ShareGPT, {"text"}), .txt, .parquet, also .zst and .gz; or `self`
+    #[arg(long, default_value = "self")]
+    data: String,
+    /// A recipe by name (default, paper, quickstart) or a TOML file
+    #[arg(long, default_value = "default")]
+    recipe: String,
+    /// gla, hgrn2, gsa, retnet, mamba2 or rwkv6 [default: the recipe's]
+    #[arg(long)]
+    structure: Option<String>,
+    /// Tokens to tune on, such as 50K or 20M [default: the recipe's]
+    #[arg(long, value_parser = parse_count)]
+    tokens: Option<u64>,
+    /// Seed of adapter, data order and dropout [default: the recipe's]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Tokens that the model writes with `--data self`; they are gone through again if the run is longer
+    #[arg(long, value_parser = parse_count, default_value = "1M")]
+    self_tokens: u64,
+    /// Conversations that it writes side by side
+    #[arg(long, default_value_t = 24)]
+    self_batch: usize,
+    /// Text to measure on, as --data [default: text that the model writes, or the validation documents]
+    #[arg(long)]
+    eval_data: Option<PathBuf>,
+    /// Pieces of 2,048 tokens to measure on
+    #[arg(long, default_value_t = 4)]
+    eval_pieces: usize,
+    /// Question put to teacher and student
+    #[arg(long, default_value = "What is gravity? Explain it to a child.")]
+    question: String,
+    /// Folder of the run [default: MODEL-liger]
+    #[arg(long, short)]
+    out: Option<PathBuf>,
+    /// Go on from the newest checkpoint in the folder
+    #[arg(long)]
+    resume: bool,
+    /// Write into a folder that is not empty, from the beginning
+    #[arg(long)]
+    force: bool,
+    /// Print the scores as one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+/// Length of the pieces that are measured on.
+const PIECE: usize = 2048;
+/// Lengths after which a step is timed.
+const CONTEXTS: [usize; 3] = [512, 4096, 16_384];
+
+impl Args {
+    fn recipe(&self) -> Result<Recipe> {
+        let mut recipe = Recipe::load(&self.recipe)?;
+        if let Some(structure) = &self.structure {
+            recipe.liger.structure.clone_from(structure);
+        }
+        recipe.train.tokens = self.tokens.unwrap_or(recipe.train.tokens);
+        recipe.train.seed = self.seed.unwrap_or(recipe.train.seed);
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    fn out(&self) -> PathBuf {
+        let stem = self.model.file_stem().unwrap_or_default().to_string_lossy();
+        self.out.clone().unwrap_or_else(|| format!("{stem}-liger").into())
+    }
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    let start = Instant::now();
+    let recipe = args.recipe()?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    if checkpoint.config.liger.is_some() {
+        bail!("{}: already a Liger model; linearize its base model", args.model.display());
+    }
+    if let Some(layer) = recipe.liger.softmax_layers.iter().find(|&&l| l >= checkpoint.config.num_layers) {
+        bail!("recipe: `liger.softmax_layers`: found {layer}, the model has {} layers", checkpoint.config.num_layers);
+    }
+    let out = args.out();
+    prepare_folder(&out, args.force || args.resume)?;
+    if args.force && !args.resume && out.join("checkpoints").exists() {
+        std::fs::remove_dir_all(out.join("checkpoints")).with_context(|| out.display().to_string())?;
+    }
+    let stop = interrupt::flag()?;
+    let teacher = checkpoint.load(args.device.open()?, args.device.dtype.into())?;
+    let student = teacher.with_attention(Some(recipe.liger_config()));
+    eprintln!(
+        "{}: {:.1} M parameters on {}",
+        args.model.display(),
+        checkpoint.config.parameter_count() as f64 / 1e6,
+        teacher.ops().describe()
+    );
+    files::write_whole(&out.join("recipe.toml"), recipe.to_toml().as_bytes())?;
+
+    let stopped = || stop.load(std::sync::atomic::Ordering::Relaxed);
+    let texts = Texts::prepare(args, &recipe, &checkpoint, &teacher, &out, &stopped)?;
+    teacher.ops().trim();
+    let (adapter, records) = tune(args, &recipe, &student, &texts, &out, &stop)?;
+    teacher.ops().trim();
+
+    let scores = measure(args, &teacher, &student, &adapter, &recipe, &texts)?;
+    let answers = ask_both(args, &checkpoint, &teacher, &student, &adapter)?;
+    let costs = |decoder: &Decoder, adapter: Option<&Adapter>| -> Result<Vec<_>> {
+        Ok(CONTEXTS.iter().map(|&context| step_cost(decoder, adapter, context, 8)).collect::<Result<_, _>>()?)
+    };
+    let costs = [costs(&teacher, None)?, costs(&student, Some(&adapter))?];
+    save_model(&out, &student, Some(&adapter), &checkpoint, checkpoint.stored_dtype, SaveFormat::Liger)?;
+    let report = ConversionReport {
+        model: format!("{} as Liger {}", file_name(&args.model), recipe.liger.structure),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        machine: format!("{}, liger {}", teacher.ops().describe(), env!("CARGO_PKG_VERSION")),
+        texts: texts.description.clone(),
+        tuning: format!(
+            "{} tokens, {} trained values ({:.2} % of the model), {:.0} s in all.",
+            records.last().map_or(0, |r| r.tokens),
+            adapter.parameter_count(),
+            100.0 * adapter.parameter_count() as f64 / checkpoint.config.parameter_count() as f64,
+            start.elapsed().as_secs_f64()
+        ),
+        buckets: BUCKETS.to_vec(),
+        scores,
+        costs,
+        answers,
+        losses: records.iter().map(|r| (r.step, r.loss)).collect(),
+        validation: records.iter().filter_map(|r| Some((r.step, r.validation_loss?))).collect(),
+        recipe: recipe.to_toml(),
+    };
+    report.write(&out)?;
+    if args.json {
+        return print(&format!("{}\n", serde_json::to_string(&report)?));
+    }
+    print(&format!(
+        "\nPerplexity by position\n{}\nKL to the teacher by position, nats\n{}\nA token's time and memory\n{}\n\
+         {question}\n\nTeacher: {teacher}\n\nStudent: {student}\n\nModel, adapter and report.md are in {out}; try\n  \
+         liger generate {out} --prompt 'Hello'\n",
+        report.perplexity_table().to_text(),
+        report.kl_table().to_text(),
+        report.cost_table().to_text(),
+        question = report.answers.prompt,
+        teacher = report.answers.teacher,
+        student = report.answers.student,
+        out = out.display(),
+    ))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// What is tuned on, validated on and measured on.
+struct Texts {
+    training: Vec<Document>,
+    validation: Vec<Document>,
+    pieces: Vec<Vec<u32>>,
+    description: String,
+}
+
+impl Texts {
+    fn prepare(
+        args: &Args,
+        recipe: &Recipe,
+        checkpoint: &Checkpoint,
+        teacher: &Decoder,
+        out: &Path,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<Self> {
+        let eos = checkpoint.config.eos_token_ids.first().copied();
+        let own = args.data == "self";
+        let (training, validation) = if own {
+            let wanted = args.self_tokens.min(recipe.train.tokens).div_ceil(recipe.data.length as u64) as usize;
+            let documents = own_text(args, recipe, checkpoint, teacher, wanted + 1, &out.join("self.json"), stopped)?;
+            split_last(documents)
+        } else {
+            let path = Path::new(&args.data);
+            let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
+            if let Some(summary) = documents.skipped_summary() {
+                eprintln!("{}: {summary}", path.display());
+            }
+            documents.split(recipe.data.validation, recipe.train.seed)
+        };
+        let (pieces, description) = match &args.eval_data {
+            Some(path) => {
+                let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
+                let pieces = cut(&documents.list, args.eval_pieces);
+                let description = format!("{} pieces of {PIECE} tokens of {}", pieces.len(), file_name(path));
+                (pieces, description)
+            }
+            None if own => {
+                let plan = OwnText { conversations: args.eval_pieces, length: PIECE, seed: recipe.train.seed ^ 0x5eed };
+                let documents = write_own(args, checkpoint, teacher, plan, stopped)?;
+                let pieces: Vec<Vec<u32>> = documents.into_iter().map(|d| d.ids).collect();
+                let description =
+                    format!("{} conversations of {PIECE} tokens that the teacher wrote, held out", pieces.len());
+                (pieces, description)
+            }
+            None => {
+                let held_out = if validation.is_empty() { &training } else { &validation };
+                let pieces = cut(held_out, args.eval_pieces);
+                let description =
+                    format!("{} pieces of up to {PIECE} tokens of the validation documents", pieces.len());
+                (pieces, description)
+            }
+        };
+        Ok(Self { training, validation, pieces, description })
+    }
+}
+
+/// The documents laid end to end and cut; a text shorter than a piece stays as it is.
+fn cut(documents: &[Document], pieces: usize) -> Vec<Vec<u32>> {
+    let all: Vec<u32> = documents.iter().flat_map(|d| &d.ids).copied().collect();
+    let whole: Vec<Vec<u32>> = all.chunks_exact(PIECE).take(pieces).map(<[u32]>::to_vec).collect();
+    if whole.is_empty() { vec![all] } else { whole }
+}
+
+fn split_last(mut documents: Vec<Document>) -> (Vec<Document>, Vec<Document>) {
+    let last = documents.pop();
+    (documents, last.into_iter().collect())
+}
+
+/// Writes conversations to tune on, or reads those that the run wrote before it was cut off.
+fn own_text(
+    args: &Args,
+    recipe: &Recipe,
+    checkpoint: &Checkpoint,
+    teacher: &Decoder,
+    count: usize,
+    file: &Path,
+    stopped: &dyn Fn() -> bool,
+) -> Result<Vec<Document>> {
+    if args.resume && file.exists() {
+        let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        let ids: Vec<(Vec<u32>, Vec<bool>)> = serde_json::from_str(&text)
+            .map_err(|e| anyhow::anyhow!("{}: damaged ({e}); start anew with --force", file.display()))?;
+        let document = |(i, (ids, answer))| Document { line: i + 1, ids, answer };
+        return Ok(ids.into_iter().enumerate().map(document).collect());
+    }
+    let mut documents = Vec::new();
+    while documents.len() < count {
+        let conversations = args.self_batch.clamp(1, count - documents.len());
+        let seed = recipe.train.seed.wrapping_add(documents.len() as u64);
+        let plan = OwnText { conversations, length: recipe.data.length, seed };
+        let first = documents.len();
+        documents.extend(write_own(args, checkpoint, teacher, plan, stopped)?);
+        documents[first..].iter_mut().enumerate().for_each(|(i, d)| d.line = first + i + 1);
+    }
+    let parts: Vec<_> = documents.iter().map(|d| (&d.ids, &d.answer)).collect();
+    files::write_whole(file, serde_json::to_string(&parts)?.as_bytes())?;
+    Ok(documents)
+}
+
+fn write_own(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    teacher: &Decoder,
+    plan: OwnText,
+    stopped: &dyn Fn() -> bool,
+) -> Result<Vec<Document>> {
+    if let Some(limit) = teacher.context_limit().filter(|&limit| plan.length > limit) {
+        bail!("{}: the teacher's context is {limit} tokens, `data.length` is {}", args.model.display(), plan.length);
+    }
+    let total = plan.conversations * plan.length;
+    let mut progress = Progress::new("self text", "tokens", total as u64);
+    let generator = Generator { decoder: teacher, adapter: None };
+    let documents = write_conversations(generator, &checkpoint.tokenizer, plan, &mut |done, _| {
+        progress.update(done as u64, "");
+        !stopped()
+    })?;
+    if stopped() {
+        return Err(Interrupted("nothing was tuned yet; the same command starts again".into()).into());
+    }
+    progress.finish(&format!("the teacher wrote {total} tokens"));
+    Ok(documents)
+}
+
+fn tune(
+    args: &Args,
+    recipe: &Recipe,
+    student: &Decoder,
+    texts: &Texts,
+    out: &Path,
+    stop: &std::sync::atomic::AtomicBool,
+) -> Result<(Adapter, Vec<StepRecord>)> {
+    let (training, validation) = (texts.training.clone(), &texts.validation);
+    let mut trainer = Trainer::new(student.clone(), recipe.clone(), training, validation, out, args.resume)?;
+    let mut progress = Progress::new("tune", "steps", trainer.steps());
+    if trainer.step() > 0 {
+        eprintln!("going on after step {}", trainer.step());
+    }
+    let outcome = trainer.run(stop, &mut |event| {
+        if let Event::Step(r) = event {
+            let validation = r.validation_loss.map(|loss| format!(", validation {loss:.4}")).unwrap_or_default();
+            progress.update(r.step, &format!("loss {:.4}{validation}, {:.0} tokens/s", r.loss, r.tokens_per_second));
+        }
+    })?;
+    if outcome.finished == Finished::Interrupted {
+        let path = out.display();
+        let words = format!("step {} is saved in {path}; the same command with --resume goes on", outcome.step);
+        return Err(Interrupted(words).into());
+    }
+    let best = outcome.best.map(|(loss, step)| format!(", lowest validation loss {loss:.4} at step {step}"));
+    progress.finish(&format!("{} steps{}", outcome.step, best.unwrap_or_default()));
+    let adapter = load_adapter(&trainer.best_adapter_folder(), student.config(), student.ops())?;
+    let path = out.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    let records = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    Ok((adapter, records))
+}
+
+fn measure(
+    args: &Args,
+    teacher: &Decoder,
+    student: &Decoder,
+    adapter: &Adapter,
+    recipe: &Recipe,
+    texts: &Texts,
+) -> Result<Vec<liger_eval::PositionScores>> {
+    let window_only = |sinks: usize| {
+        let liger = LigerConfig { sinks, alpha: 0.0, beta: 1.0, ..recipe.liger_config() };
+        teacher.with_attention(Some(liger))
+    };
+    let (window, sinks) = (window_only(0), window_only(4));
+    let subject = |name: &str, decoder, adapter| Subject { name: name.into(), decoder, adapter };
+    let size = recipe.liger.window;
+    let students = [
+        subject(&format!("window {size} only"), &window, None),
+        subject(&format!("window {size} + 4 sinks"), &sinks, None),
+        subject("untrained", student, None),
+        subject("tuned", student, Some(adapter)),
+    ];
+    let total: usize = texts.pieces.iter().map(Vec::len).sum();
+    let mut progress = Progress::new("measure", "tokens", total as u64);
+    let scores =
+        scores_by_position(&subject("teacher", teacher, None), &students, &texts.pieces, &BUCKETS, &mut |done| {
+            progress.update(done as u64, "");
+        })
+        .with_context(|| args.model.display().to_string())?;
+    progress.finish(&format!("{} models on {total} tokens", students.len() + 1));
+    Ok(scores)
+}
+
+fn ask_both(
+    args: &Args,
+    checkpoint: &Checkpoint,
+    teacher: &Decoder,
+    student: &Decoder,
+    adapter: &Adapter,
+) -> Result<Answers> {
+    let tokenizer = &checkpoint.tokenizer;
+    let prompt = match &tokenizer.chat {
+        Some(chat) => tokenizer.encode(&chat.render(&[Message::new("user", &args.question)], true)?, false)?,
+        None => tokenizer.encode(&args.question, true)?,
+    };
+    let options = GenerateOptions {
+        max_tokens: 80,
+        sampling: Sampling::default(),
+        seed: 0,
+        stop_ids: checkpoint.config.eos_token_ids.clone(),
+    };
+    let answer = |decoder: &Decoder, adapter: Option<&Adapter>| -> Result<String> {
+        let mut state = decoder.new_state(1)?;
+        let ids = Generator { decoder, adapter }.generate(&mut state, &prompt, &options, &mut |_| Ok(true))?;
+        Ok(tokenizer.decode(&ids, true)?)
+    };
+    Ok(Answers {
+        prompt: args.question.clone(),
+        teacher: answer(teacher, None)?,
+        student: answer(student, Some(adapter))?,
+    })
+}

@@ -1,0 +1,11 @@
+//! One file a verb.
+
+pub mod bench;
+pub mod chat;
+pub mod convert;
+pub mod export;
+pub mod fuse;
+pub mod generate;
+pub mod info;
+pub mod linearize;
+pub mod logits;

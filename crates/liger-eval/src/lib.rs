@@ -1,0 +1,14 @@
+//! What a conversion kept and what it gained: perplexity and KL to the teacher by token position, time and memory of a
+//! decoding step by length of the text, and the report that shows them.
+
+mod plot;
+mod position;
+mod report;
+mod speed;
+mod table;
+
+pub use plot::{Axis, Line, Plot};
+pub use position::{BUCKETS, Bucket, PositionScores, Subject, scores_by_position};
+pub use report::{Answers, ConversionReport};
+pub use speed::{StepCost, step_cost};
+pub use table::Table;

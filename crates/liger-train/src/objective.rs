@@ -1,0 +1,124 @@
+//! The loss of a batch and its gradient at the hidden states. Logits exist one chunk of rows at a time.
+
+use liger_model::{Adapter, Decoder};
+use liger_tensor::{Ops, Sequences, Tensor};
+
+use crate::data::Row;
+use crate::error::Result;
+use crate::recipe::Objective;
+
+/// Rows whose logits are in memory at once.
+const CHUNK: usize = 256;
+
+/// Rows as one batch.
+pub(crate) struct Batch {
+    pub(crate) ids: Vec<u32>,
+    pub(crate) labels: Vec<i64>,
+    pub(crate) sequences: Sequences,
+}
+
+impl Batch {
+    pub(crate) fn of(rows: &[&Row]) -> Self {
+        Self {
+            ids: rows.iter().flat_map(|row| &row.ids).copied().collect(),
+            labels: rows.iter().flat_map(|row| &row.labels).copied().collect(),
+            sequences: Sequences::fresh(rows.iter().flat_map(|row| &row.lengths).copied()),
+        }
+    }
+}
+
+/// What the losses of a batch need.
+pub(crate) struct Models<'a> {
+    pub(crate) student: &'a Decoder,
+    pub(crate) teacher: &'a Decoder,
+    pub(crate) objective: Objective,
+}
+
+impl Models<'_> {
+    fn teacher_hidden(&self, batch: &Batch) -> Result<Option<Tensor>> {
+        match self.objective {
+            Objective::NextToken => Ok(None),
+            Objective::Distillation => Ok(Some(self.teacher.forward(&batch.ids, &batch.sequences, None, None)?)),
+        }
+    }
+
+    /// Sum of the losses of the rows that count; with a gradient, `scale` times that of the hidden states is added.
+    fn losses(
+        &self,
+        batch: &Batch,
+        hidden: &Tensor,
+        teacher_hidden: Option<&Tensor>,
+        mut gradient: Option<(&mut Tensor, f32)>,
+    ) -> Result<f64> {
+        let ops = self.student.ops();
+        let mut total = 0.0f64;
+        let width = hidden.dim(1);
+        for first in (0..batch.labels.len()).step_by(CHUNK) {
+            let count = CHUNK.min(batch.labels.len() - first);
+            let labels = &batch.labels[first..first + count];
+            if labels.iter().all(|&label| label < 0) {
+                continue;
+            }
+            let rows_of = |x: &Tensor| -> Result<Tensor> {
+                let mut rows = ops.empty(&[count, width])?;
+                ops.copy_rows(&mut rows, x, first)?;
+                Ok(rows)
+            };
+            let mut logits = self.student.logits(&rows_of(hidden)?)?;
+            let scale = gradient.as_ref().map(|(_, scale)| *scale);
+            let losses = match teacher_hidden {
+                None => ops.cross_entropy(&mut logits, labels, scale)?,
+                Some(teacher) => {
+                    let target = self.teacher.logits(&rows_of(teacher)?)?;
+                    let counts: Vec<bool> = labels.iter().map(|&label| label >= 0).collect();
+                    ops.kl_divergence(&mut logits, &target, &counts, scale)?
+                }
+            };
+            total += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            if let Some((dhidden, _)) = &mut gradient {
+                let mut part = ops.zeros(&[count, width])?;
+                self.student.logits_backward(&mut part, &logits)?;
+                ops.write_rows(dhidden, &part, first)?;
+            }
+        }
+        Ok(total)
+    }
+
+    /// Adds the gradients of `scale` times the batch's loss to `gradients`; the sum of the losses.
+    pub(crate) fn backward(
+        &self,
+        rows: &[&Row],
+        adapter: &Adapter,
+        gradients: &mut Adapter,
+        scale: f32,
+        dropout_seed: u64,
+    ) -> Result<f64> {
+        let batch = Batch::of(rows);
+        let teacher_hidden = self.teacher_hidden(&batch)?;
+        let pass = self.student.train_forward(&batch.ids, batch.sequences.clone(), adapter, dropout_seed)?;
+        let ops: &dyn Ops = self.student.ops();
+        let mut dhidden = ops.zeros(pass.hidden.shape())?;
+        let total = self.losses(&batch, &pass.hidden, teacher_hidden.as_ref(), Some((&mut dhidden, scale)))?;
+        drop(teacher_hidden);
+        self.student.train_backward(pass, &dhidden, adapter, gradients)?;
+        Ok(total)
+    }
+
+    /// Mean loss over the rows.
+    pub(crate) fn evaluate(&self, rows: &[Row], adapter: &Adapter) -> Result<f64> {
+        let (mut total, mut count) = (0.0, 0usize);
+        for row in rows {
+            let batch = Batch::of(&[row]);
+            let teacher_hidden = self.teacher_hidden(&batch)?;
+            let hidden = self.student.forward(&batch.ids, &batch.sequences, None, Some(adapter))?;
+            total += self.losses(&batch, &hidden, teacher_hidden.as_ref(), None)?;
+            count += counted(&[row]);
+        }
+        Ok(total / count.max(1) as f64)
+    }
+}
+
+/// Positions of the rows that count in the loss.
+pub(crate) fn counted(rows: &[&Row]) -> usize {
+    rows.iter().flat_map(|row| &row.labels).filter(|&&label| label >= 0).count()
+}
