@@ -6,9 +6,10 @@
 
 use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequence, Sequences, Tensor};
 
+use crate::dots;
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{matmul, rows};
-use crate::math::{add_scaled, dot, exp, maximum, softmax};
+use crate::math::{add_scaled, exp, maximum, softmax};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 
 const BLOCK: usize = 64;
@@ -99,7 +100,7 @@ fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &
     let scale = 1.0 / (h.dim as f32).sqrt();
     let sizes = (count, n, h.dim);
     matmul(&mut scores, n, sizes, rows(q, h.dim), rows(k, h.dim).t(), scale, false, gemm::Parallelism::None);
-    vectorized(|| {
+    vectorized!(|| {
         for (r, row) in scores.chunks_exact_mut(n).enumerate() {
             let position = from + r / group;
             for (score, &key) in row.iter_mut().zip(seen) {
@@ -110,7 +111,7 @@ fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &
             }
             softmax(row);
         }
-    });
+    },);
     scores
 }
 
@@ -257,28 +258,26 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
     for_tasks(tasks.len(), |task| {
         let (s, head, first, last) = tasks[task];
         let base = (s.slot * heads.kv + head) * cache_rows;
-        let (keys, values) = (&keys[(base + first) * d..(base + last) * d], &values[(base + first) * d..]);
+        let range = (base + first) * d..(base + last) * d;
+        let (keys, values) = (&keys[range.clone()], &values[range]);
         // SAFETY: a task has its own part.
         let parts = unsafe { shared.slice(task * group * part, group * part) };
-        vectorized(|| {
-            let mut scores = vec![0.0f32; last - first];
-            for (g, part) in parts.chunks_exact_mut(part).enumerate() {
-                let at = heads.query_at(s.start, head) + g * d;
-                let query = &q[at..at + d];
-                for (score, key) in scores.iter_mut().zip(keys.chunks_exact(d)) {
-                    *score = dot(query, key) * scale;
-                }
-                let max = maximum(&scores);
-                let (head_part, sum_part) = part.split_at_mut(2);
-                let mut sum = 0.0;
-                for (score, value) in scores.iter().zip(values.chunks_exact(d)) {
-                    let p = exp(score - max);
-                    sum += p;
-                    add_scaled(sum_part, p, value);
-                }
-                head_part.copy_from_slice(&[max, sum]);
-            }
-        });
+        let count = last - first;
+        let at = heads.query_at(s.start, head);
+        let mut scores = vec![0.0f32; group * count];
+        dots::product_alone(&mut scores, &q[at..at + group * d], keys, (group, count, d), scale);
+        let mut sums = vec![0.0f32; group * d];
+        for (scores, part) in scores.chunks_exact_mut(count).zip(parts.chunks_exact_mut(part)) {
+            vectorized!(|| {
+                part[0] = maximum(scores);
+                scores.iter_mut().for_each(|score| *score = exp(*score - part[0]));
+                part[1] = scores.iter().sum();
+            },);
+        }
+        dots::weighted_sums(&mut sums, &scores, values, (group, count, d));
+        for (sum, part) in sums.chunks_exact(d).zip(parts.chunks_exact_mut(part)) {
+            part[2..].copy_from_slice(sum);
+        }
     });
     let mut at = 0;
     while at < tasks.len() {
@@ -347,9 +346,9 @@ pub(crate) fn backward(
             matmul(&mut block_dv, d, (n, d, count), rows(&p, n).t(), rows(&dblock, d), 1.0, false, alone);
             let mut ds = vec![0.0f32; count * n];
             matmul(&mut ds, n, (count, n, d), rows(&dblock, d), rows(&values, d).t(), 1.0, false, alone);
-            vectorized(|| {
+            vectorized!(|| {
                 ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).for_each(|(ds, p)| softmax_backward_row(ds, p));
-            });
+            },);
             let scale = 1.0 / (d as f32).sqrt();
             let mut block_dq = vec![0.0f32; count * d];
             matmul(&mut block_dq, d, (count, d, n), rows(&ds, n), rows(&keys, d), scale, false, alone);

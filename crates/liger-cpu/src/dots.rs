@@ -7,7 +7,7 @@ use half::bf16;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use crate::parallel::Disjoint;
+use crate::parallel::{Disjoint, vectorized};
 
 /// Weight rows of a tile.
 const COLUMNS: usize = 4;
@@ -30,10 +30,10 @@ impl Weight for f32 {
 
 impl Weight for bf16 {
     fn widened<'a>(weights: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        crate::parallel::vectorized(|| {
+        vectorized!(|| {
             scratch.clear();
             scratch.extend(weights.iter().map(|w| f32::from_bits(u32::from(w.to_bits()) << 16)));
-        });
+        },);
         scratch
     }
 }
@@ -57,6 +57,62 @@ pub(crate) fn product<W: Weight>(
         let columns = i * piece..n.min((i + 1) * piece);
         pulp::Arch::new().dispatch(Piece { c: &c, x, w, columns, m, n, k, scale, accumulate });
     });
+}
+
+/// The same on this thread alone.
+pub(crate) fn product_alone(c: &mut [f32], x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize), scale: f32) {
+    assert!(c.len() == m * n && x.len() == m * k && w.len() == n * k, "dot products {m} x {k} x {n}");
+    let c = &Disjoint::new(c);
+    pulp::Arch::new().dispatch(Piece { c, x, w, columns: 0..n, m, n, k, scale, accumulate: false });
+}
+
+/// `out [m, d] = p [m, n] v [n, d]`: sums of value rows, for a few rows of weights.
+pub(crate) fn weighted_sums(out: &mut [f32], p: &[f32], v: &[f32], (m, n, d): (usize, usize, usize)) {
+    assert!(out.len() == m * d && p.len() == m * n && v.len() == n * d, "weighted sums {m} x {n} x {d}");
+    pulp::Arch::new().dispatch(WeightedSums { out, p, v, m, n, d });
+}
+
+struct WeightedSums<'a> {
+    out: &'a mut [f32],
+    p: &'a [f32],
+    v: &'a [f32],
+    m: usize,
+    n: usize,
+    d: usize,
+}
+
+impl WithSimd for WeightedSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { out, p, v, m, n, d } = self;
+        const REGISTERS: usize = 4;
+        let block = REGISTERS * S::F32_LANES;
+        let whole = d / block * block;
+        for row in 0..m {
+            let (p, out) = (&p[row * n..(row + 1) * n], &mut out[row * d..(row + 1) * d]);
+            for first in (0..whole).step_by(block) {
+                let mut sums = [simd.splat_f32s(0.0); REGISTERS];
+                for (i, weight) in p.iter().enumerate() {
+                    let weight = simd.splat_f32s(*weight);
+                    let v = S::as_simd_f32s(&v[i * d + first..i * d + first + block]).0;
+                    for (sum, v) in sums.iter_mut().zip(v) {
+                        *sum = simd.mul_add_f32s(weight, *v, *sum);
+                    }
+                }
+                for (out, sum) in S::as_mut_simd_f32s(&mut out[first..first + block]).0.iter_mut().zip(sums) {
+                    *out = sum;
+                }
+            }
+            out[whole..].fill(0.0);
+            for (i, weight) in p.iter().enumerate() {
+                for (out, v) in out[whole..].iter_mut().zip(&v[i * d + whole..(i + 1) * d]) {
+                    *out += weight * v;
+                }
+            }
+        }
+    }
 }
 
 struct Piece<'a, W> {
@@ -108,17 +164,22 @@ impl<W: Weight> Piece<'_, W> {
         w: [&[f32]; COLUMNS],
     ) {
         let mut row = rows.start;
-        // Six rows and four columns fill the 32 registers of AVX-512; with 16 registers two rows do.
-        while S::F32_LANES >= 16 && row + 6 <= rows.end {
-            self.tile::<S, 6>(simd, row, group, count, depth.clone(), w);
-            row += 6;
-        }
-        while row + 2 <= rows.end {
-            self.tile::<S, 2>(simd, row, group, count, depth.clone(), w);
-            row += 2;
-        }
-        if row < rows.end {
-            self.tile::<S, 1>(simd, row, group, count, depth, w);
+        while row < rows.end {
+            // Six rows and four columns fill the 32 registers of AVX-512; with 16 registers two rows do. What is left
+            // is cut evenly: 8 rows are two tiles of 4, not one of 6 and one of 2.
+            let most = if S::F32_LANES >= 16 { 6 } else { 2 };
+            let left = rows.end - row;
+            let count_rows = left.div_ceil(left.div_ceil(most));
+            let depth = depth.clone();
+            match count_rows {
+                1 => self.tile::<S, 1>(simd, row, group, count, depth, w),
+                2 => self.tile::<S, 2>(simd, row, group, count, depth, w),
+                3 => self.tile::<S, 3>(simd, row, group, count, depth, w),
+                4 => self.tile::<S, 4>(simd, row, group, count, depth, w),
+                5 => self.tile::<S, 5>(simd, row, group, count, depth, w),
+                _ => self.tile::<S, 6>(simd, row, group, count, depth, w),
+            }
+            row += count_rows;
         }
     }
 
@@ -134,13 +195,24 @@ impl<W: Weight> Piece<'_, W> {
     ) {
         let x: [&[f32]; R] = std::array::from_fn(|r| &self.x[(row + r) * self.k..][depth.clone()]);
         let whole = depth.len() / S::F32_LANES;
-        let x_lanes = x.map(|x| &S::as_simd_f32s(x).0[..whole]);
-        let w_lanes = w.map(|w| &S::as_simd_f32s(w).0[..whole]);
+        let mut x_lanes: [&[S::f32s]; R] = [&[]; R];
+        for r in 0..R {
+            x_lanes[r] = &S::as_simd_f32s(x[r]).0[..whole];
+        }
+        let mut w_lanes: [&[S::f32s]; COLUMNS] = [&[]; COLUMNS];
+        for column in 0..COLUMNS {
+            w_lanes[column] = &S::as_simd_f32s(w[column]).0[..whole];
+        }
         let mut sums = [[simd.splat_f32s(0.0); COLUMNS]; R];
         for i in 0..whole {
             for r in 0..R {
+                // SAFETY: all slices were cut to `whole` above, and i is below it. A check here would cost more than
+                // the arithmetic.
+                let x = unsafe { *x_lanes[r].get_unchecked(i) };
                 for column in 0..COLUMNS {
-                    sums[r][column] = simd.mul_add_f32s(x_lanes[r][i], w_lanes[column][i], sums[r][column]);
+                    // SAFETY: as above.
+                    let w = unsafe { *w_lanes[column].get_unchecked(i) };
+                    sums[r][column] = simd.mul_add_f32s(x, w, sums[r][column]);
                 }
             }
         }

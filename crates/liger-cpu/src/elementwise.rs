@@ -36,13 +36,13 @@ pub(crate) fn axpby(y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()> {
     for_rows(y.as_f32_mut()?, 1, |start, y| {
         let x = &x[start..start + y.len()];
         // `b = 0` must not read: the old elements may be anything.
-        vectorized(|| {
+        vectorized!(|| {
             if b == 0.0 {
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x);
             } else {
                 y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x + b * *y);
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -54,14 +54,14 @@ pub(crate) fn rms_norm_forward(out: &mut Tensor, x: &Tensor, weight: &Tensor, ep
     let d = weight.len();
     for_rows(out.as_f32_mut()?, d, |first, out| {
         let x = &x[first * d..first * d + out.len()];
-        vectorized(|| {
+        vectorized!(|| {
             for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                 let scale = 1.0 / (dot(x, x) / d as f32 + epsilon).sqrt();
                 for i in 0..d {
                     out[i] = x[i] * scale * weight[i];
                 }
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -76,7 +76,7 @@ pub(crate) fn rms_norm_backward(dx: &mut Tensor, x: &Tensor, weight: &Tensor, ep
     for_rows(dx.as_f32_mut()?, d, |first, dx| {
         let range = first * d..first * d + dx.len();
         let (x, dy) = (&x[range.clone()], &dy[range]);
-        vectorized(|| {
+        vectorized!(|| {
             let mut h = vec![0.0f32; d];
             for ((dx, x), dy) in dx.chunks_exact_mut(d).zip(x.chunks_exact(d)).zip(dy.chunks_exact(d)) {
                 for i in 0..d {
@@ -88,7 +88,7 @@ pub(crate) fn rms_norm_backward(dx: &mut Tensor, x: &Tensor, weight: &Tensor, ep
                     dx[i] += r * (h[i] - x[i] * pull);
                 }
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -102,7 +102,7 @@ pub(crate) fn rope(x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) ->
     let (cos, sin) = (cos.as_f32()?, sin.as_f32()?);
     let sign = if inverse { -1.0 } else { 1.0 };
     for_rows(x.as_f32_mut()?, heads * d, |first, rows| {
-        vectorized(|| {
+        vectorized!(|| {
             for (t, row) in rows.chunks_exact_mut(heads * d).enumerate() {
                 let angles = (first + t) * half..(first + t + 1) * half;
                 let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
@@ -115,7 +115,7 @@ pub(crate) fn rope(x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) ->
                     }
                 }
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -126,11 +126,11 @@ pub(crate) fn swiglu_forward(out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Re
     let (gate, up) = (gate.as_f32()?, up.as_f32()?);
     for_rows(out.as_f32_mut()?, 1, |start, out| {
         let (gate, up) = (&gate[start..start + out.len()], &up[start..start + out.len()]);
-        vectorized(|| {
+        vectorized!(|| {
             for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
                 *out = g * sigmoid(*g) * u;
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -144,13 +144,13 @@ pub(crate) fn swiglu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor)
         let dout = &dout[start..start + gate.len()];
         // SAFETY: the pieces of `gate` do not overlap, and `up` is cut at the same places.
         let up = unsafe { up.slice(start, gate.len()) };
-        vectorized(|| {
+        vectorized!(|| {
             for ((g, u), d) in gate.iter_mut().zip(up).zip(dout) {
                 let s = sigmoid(*g);
                 let (dg, du) = (d * *u * s * (1.0 + *g * (1.0 - s)), d * *g * s);
                 (*g, *u) = (dg, du);
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -193,7 +193,7 @@ pub(crate) fn dropout(x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
 
 pub(crate) fn softmax_forward(x: &mut Tensor) -> Result<()> {
     let d = x.shape().last().copied().unwrap_or(1).max(1);
-    for_rows(x.as_f32_mut()?, d, |_, rows| vectorized(|| rows.chunks_exact_mut(d).for_each(softmax)));
+    for_rows(x.as_f32_mut()?, d, |_, rows| vectorized!(|| rows.chunks_exact_mut(d).for_each(softmax),));
     Ok(())
 }
 
@@ -203,11 +203,11 @@ pub(crate) fn softmax_backward(dy: &mut Tensor, y: &Tensor) -> Result<()> {
     let (d, y) = (y.shape().last().copied().unwrap_or(1).max(1), y.as_f32()?);
     for_rows(dy.as_f32_mut()?, d, |first, dy| {
         let y = &y[first * d..first * d + dy.len()];
-        vectorized(|| {
+        vectorized!(|| {
             for (dy, y) in dy.chunks_exact_mut(d).zip(y.chunks_exact(d)) {
                 softmax_backward_row(dy, y);
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -232,6 +232,6 @@ pub(crate) fn log_sum_exp(row: &[f32]) -> f32 {
             lanes[lane] += exp(chunk[lane] - max);
         }
     }
-    sum += lanes.iter().sum::<f32>();
+    sum += crate::math::reduce(lanes);
     max + sum.ln()
 }

@@ -11,14 +11,14 @@ fn map_forward(out: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
     let (d, x) = (x.dim(2), x.as_f32()?);
     for_rows(out.as_f32_mut()?, d, |first, out| {
         let x = &x[first * d..first * d + out.len()];
-        vectorized(|| match map {
+        vectorized!(|| match map {
             FeatureMap::Softmax => {
                 out.copy_from_slice(x);
                 out.chunks_exact_mut(d).for_each(softmax);
             }
             // 1 - sigmoid(x) = sigmoid(-x), without the cancellation.
             FeatureMap::OneMinusSigmoid => out.iter_mut().zip(x).for_each(|(y, x)| *y = sigmoid(-x)),
-        });
+        },);
     });
     Ok(())
 }
@@ -29,7 +29,7 @@ fn map_backward(dy: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
     let (d, x) = (x.dim(2), x.as_f32()?);
     for_rows(dy.as_f32_mut()?, d, |first, dy| {
         let x = &x[first * d..first * d + dy.len()];
-        vectorized(|| match map {
+        vectorized!(|| match map {
             FeatureMap::Softmax => {
                 let mut y = vec![0.0f32; d];
                 for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
@@ -44,7 +44,7 @@ fn map_backward(dy: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
                     *dy *= -s * (1.0 - s);
                 }
             }
-        });
+        },);
     });
     Ok(())
 }
@@ -71,7 +71,7 @@ pub(crate) fn forward(
             Gate::LogSigmoid { divisor } => {
                 out.iter_mut().zip(k).for_each(|(g, k)| *g = -softplus(-k) / divisor);
             }
-            Gate::NegativeExp => vectorized(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -exp(*k))),
+            Gate::NegativeExp => vectorized!(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -exp(*k)),),
             Gate::MeanLogSigmoid | Gate::MeanNegativeSoftplus => {
                 let sign = if spec.gate == Gate::MeanLogSigmoid { -1.0 } else { 1.0 };
                 for (out, k) in out.chunks_exact_mut(d).zip(k.chunks_exact(d)) {
@@ -98,7 +98,7 @@ pub(crate) fn backward(
     for_rows(dkey.as_f32_mut()?, d, |first, dk| {
         let range = first * d..first * d + dk.len();
         let (k, dg) = (&k[range.clone()], &dlog_gate[range]);
-        vectorized(|| match spec.gate {
+        vectorized!(|| match spec.gate {
             Gate::LogSigmoid { divisor } => {
                 for ((dk, k), dg) in dk.iter_mut().zip(k).zip(dg) {
                     *dk += dg * sigmoid(-k) / divisor;
@@ -119,7 +119,7 @@ pub(crate) fn backward(
                     dk.iter_mut().for_each(|dk| *dk += share);
                 }
             }
-        });
+        },);
     });
     Ok(())
 }

@@ -158,7 +158,7 @@ fn widened(c: &mut [f32], a: Matrix<'_>, b: &[bf16], (m, n, k): (usize, usize, u
         let count = PANEL.min(k - first);
         let source = &b[first * n..(first + count) * n];
         panel[..source.len()].par_chunks_mut(1 << 14).zip(source.par_chunks(1 << 14)).for_each(|(wide, narrow)| {
-            vectorized(|| wide.iter_mut().zip(narrow).for_each(|(w, x)| *w = x.to_f32()));
+            vectorized!(|| wide.iter_mut().zip(narrow).for_each(|(w, x)| *w = x.to_f32()),);
         });
         let a = Matrix { data: &a.data[first * a.column_stride..], ..a };
         let accumulate = how.accumulate || first > 0;

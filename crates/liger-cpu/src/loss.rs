@@ -25,7 +25,7 @@ pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale:
     for_tasks(labels.len(), |t| {
         // SAFETY: task t alone touches row t of both.
         let (row, loss) = unsafe { (logits.slice(t * vocabulary, vocabulary), &mut out.slice(t, 1)[0]) };
-        vectorized(|| {
+        vectorized!(|| {
             let Ok(label) = usize::try_from(labels[t]) else {
                 if gradient_scale.is_some() {
                     row.fill(0.0);
@@ -40,7 +40,7 @@ pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale:
                 }
                 row[label] -= scale;
             }
-        });
+        },);
     });
     Ok(losses)
 }
@@ -62,7 +62,7 @@ pub(crate) fn kl_divergence(
         // SAFETY: task t alone touches row t of both.
         let (row, loss) = unsafe { (student.slice(t * vocabulary, vocabulary), &mut out.slice(t, 1)[0]) };
         let teacher = &teacher[t * vocabulary..(t + 1) * vocabulary];
-        vectorized(|| {
+        vectorized!(|| {
             if !count[t] {
                 if gradient_scale.is_some() {
                     row.fill(0.0);
@@ -85,7 +85,7 @@ pub(crate) fn kl_divergence(
                 sum += f64::from(block);
             }
             *loss = sum as f32;
-        });
+        },);
     });
     Ok(losses)
 }
@@ -113,7 +113,7 @@ pub(crate) fn adamw(
         let gradient = &gradient[start..start + parameter.len()];
         // SAFETY: the moments are cut at the places where `parameter` is.
         let (first, second) = unsafe { (first.slice(start, parameter.len()), second.slice(start, parameter.len())) };
-        vectorized(|| {
+        vectorized!(|| {
             for (((w, g), m), v) in parameter.iter_mut().zip(gradient).zip(first).zip(second) {
                 let g = g * gradient_scale;
                 *m = beta1 * *m + (1.0 - beta1) * g;
@@ -121,7 +121,7 @@ pub(crate) fn adamw(
                 let update = *m * first_scale / ((*v * second_scale).sqrt() + epsilon);
                 *w -= learning_rate * (update + weight_decay * *w);
             }
-        });
+        },);
     });
     Ok(())
 }

@@ -31,6 +31,20 @@ pub(crate) fn softplus(x: f32) -> f32 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
+/// Sum of 16 lanes by halves, which stays in registers.
+#[inline(always)]
+pub(crate) fn reduce(lanes: [f32; 16]) -> f32 {
+    let mut sums = lanes;
+    let mut half = 8;
+    while half > 0 {
+        for i in 0..half {
+            sums[i] += sums[i + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
+
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; 16];
@@ -41,7 +55,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
             lanes[lane] += x[lane] * y[lane];
         }
     }
-    lanes.iter().sum::<f32>() + tail
+    reduce(lanes) + tail
 }
 
 /// `y += a x`.
@@ -64,7 +78,7 @@ pub(crate) fn softmax(row: &mut [f32]) {
             lanes[lane] += chunk[lane];
         }
     }
-    let mut sum = lanes.iter().sum::<f32>();
+    let mut sum = reduce(lanes);
     for x in chunks.into_remainder() {
         *x = exp(*x - max);
         sum += *x;

@@ -55,8 +55,14 @@ pub(crate) fn for_tasks(count: usize, f: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// Runs plain loops compiled for the widest vectors that this CPU has.
-#[inline(always)]
-pub(crate) fn vectorized<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
+/// Runs plain loops compiled for the widest vectors that this CPU has. Only what is inlined into the closure is compiled
+/// for them: functions that it calls must be `#[inline(always)]`.
+macro_rules! vectorized {
+    (|| $body:expr $(,)?) => {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
 }
+pub(crate) use vectorized;

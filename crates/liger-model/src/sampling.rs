@@ -43,13 +43,12 @@ impl Sampling {
             return best as u32;
         }
         let max = logits[best];
-        let scaled = |logit: f32| ((logit - max) / self.temperature).exp();
+        // Far below the best: cannot be drawn, and would only be sorted.
+        let floor = max + self.temperature * self.min_p.max(1e-9).ln();
         let mut candidates: Vec<(u32, f32)> = Vec::new();
         for (id, &logit) in logits.iter().enumerate() {
-            let p = scaled(logit);
-            // Far below the best: cannot be drawn, and would only be sorted.
-            if p > 1e-9 && p >= self.min_p {
-                candidates.push((id as u32, p));
+            if logit >= floor {
+                candidates.push((id as u32, ((logit - max) / self.temperature).exp()));
             }
         }
         if self.top_k > 0 && candidates.len() > self.top_k {
@@ -58,14 +57,7 @@ impl Sampling {
         }
         let mut total: f32 = candidates.iter().map(|c| c.1).sum();
         if self.top_p < 1.0 {
-            candidates.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
-            let (mut sum, mut keep) = (0.0, 0);
-            while keep < candidates.len() && sum < self.top_p * total {
-                sum += candidates[keep].1;
-                keep += 1;
-            }
-            candidates.truncate(keep.max(1));
-            total = candidates.iter().map(|c| c.1).sum();
+            total = nucleus(&mut candidates, self.top_p * total);
         }
         let mut draw = rng.random::<f32>() * total;
         for (id, p) in &candidates {
@@ -76,6 +68,28 @@ impl Sampling {
         }
         candidates.last().map_or(best as u32, |c| c.0)
     }
+}
+
+/// Keeps the most likely candidates that together reach `mass`; their sum. The few likely ones are sorted first, for
+/// they nearly always suffice.
+fn nucleus(candidates: &mut Vec<(u32, f32)>, mass: f32) -> f32 {
+    let mut likely = 0;
+    for i in 0..candidates.len() {
+        if candidates[i].1 > 1e-3 {
+            candidates.swap(i, likely);
+            likely += 1;
+        }
+    }
+    let enough = candidates[..likely].iter().map(|c| c.1).sum::<f32>() >= mass;
+    let sorted = if enough { likely } else { candidates.len() };
+    candidates[..sorted].sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let (mut sum, mut keep) = (0.0, 0);
+    while keep < candidates.len() && sum < mass {
+        sum += candidates[keep].1;
+        keep += 1;
+    }
+    candidates.truncate(keep.max(1));
+    sum
 }
 
 #[cfg(test)]

@@ -104,9 +104,10 @@ pub fn run(args: &Args) -> Result<()> {
         print(&format!("{rest}\n"))?;
         // The last token of an answer that was cut short has not been taken in yet.
         if produced.len() == options.max_tokens
-            && let Some(&last) = produced.last() {
-                generator.step(&mut state, &[(0, last)])?;
-            }
+            && let Some(&last) = produced.last()
+        {
+            generator.step(&mut state, &[(0, last)])?;
+        }
         conversation.seen.push_str(&answer);
         conversation.messages.push(Message::new("assistant", &answer));
         if terminal {

@@ -190,10 +190,20 @@ impl Texts {
     ) -> Result<Self> {
         let eos = checkpoint.config.eos_token_ids.first().copied();
         let own = args.data == "self";
+        let (mut pieces, mut description) = (Vec::new(), String::new());
         let (training, validation) = if own {
-            let wanted = args.self_tokens.min(recipe.train.tokens).div_ceil(recipe.data.length as u64) as usize;
-            let documents = own_text(args, recipe, checkpoint, teacher, wanted + 1, &out.join("self.json"), stopped)?;
-            split_last(documents)
+            let length = teacher.context_limit().map_or(PIECE, |limit| limit.min(PIECE));
+            let wanted = args.self_tokens.min(recipe.train.tokens).div_ceil(length as u64) as usize;
+            // One conversation validates, unless the recipe wants none.
+            let kept = usize::from(recipe.data.validation > 0.0);
+            let measured = if args.eval_data.is_some() { 0 } else { args.eval_pieces };
+            let file = out.join("self.json");
+            let mut documents =
+                own_text(args, recipe, checkpoint, teacher, (wanted + kept + measured, length), &file, stopped)?;
+            pieces = documents.split_off(wanted + kept).into_iter().map(|d| d.ids).collect();
+            description = format!("{measured} conversations of {length} tokens that the teacher wrote, held out");
+            let validation = documents.split_off(wanted);
+            (documents, validation)
         } else {
             let path = Path::new(&args.data);
             let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
@@ -202,29 +212,15 @@ impl Texts {
             }
             documents.split(recipe.data.validation, recipe.train.seed)
         };
-        let (pieces, description) = match &args.eval_data {
-            Some(path) => {
-                let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
-                let pieces = cut(&documents.list, args.eval_pieces);
-                let description = format!("{} pieces of {PIECE} tokens of {}", pieces.len(), file_name(path));
-                (pieces, description)
-            }
-            None if own => {
-                let plan = OwnText { conversations: args.eval_pieces, length: PIECE, seed: recipe.train.seed ^ 0x5eed };
-                let documents = write_own(args, checkpoint, teacher, plan, stopped)?;
-                let pieces: Vec<Vec<u32>> = documents.into_iter().map(|d| d.ids).collect();
-                let description =
-                    format!("{} conversations of {PIECE} tokens that the teacher wrote, held out", pieces.len());
-                (pieces, description)
-            }
-            None => {
-                let held_out = if validation.is_empty() { &training } else { &validation };
-                let pieces = cut(held_out, args.eval_pieces);
-                let description =
-                    format!("{} pieces of up to {PIECE} tokens of the validation documents", pieces.len());
-                (pieces, description)
-            }
-        };
+        if let Some(path) = &args.eval_data {
+            let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
+            pieces = cut(&documents.list, args.eval_pieces);
+            description = format!("{} pieces of up to {PIECE} tokens of {}", pieces.len(), file_name(path));
+        } else if !own {
+            let held_out = if validation.is_empty() { &training } else { &validation };
+            pieces = cut(held_out, args.eval_pieces);
+            description = format!("{} pieces of up to {PIECE} tokens of the validation documents", pieces.len());
+        }
         Ok(Self { training, validation, pieces, description })
     }
 }
@@ -236,18 +232,13 @@ fn cut(documents: &[Document], pieces: usize) -> Vec<Vec<u32>> {
     if whole.is_empty() { vec![all] } else { whole }
 }
 
-fn split_last(mut documents: Vec<Document>) -> (Vec<Document>, Vec<Document>) {
-    let last = documents.pop();
-    (documents, last.into_iter().collect())
-}
-
 /// Writes conversations to tune on, or reads those that the run wrote before it was cut off.
 fn own_text(
     args: &Args,
     recipe: &Recipe,
     checkpoint: &Checkpoint,
     teacher: &Decoder,
-    count: usize,
+    (count, length): (usize, usize),
     file: &Path,
     stopped: &dyn Fn() -> bool,
 ) -> Result<Vec<Document>> {
@@ -262,9 +253,9 @@ fn own_text(
     while documents.len() < count {
         let conversations = args.self_batch.clamp(1, count - documents.len());
         let seed = recipe.train.seed.wrapping_add(documents.len() as u64);
-        let plan = OwnText { conversations, length: recipe.data.length, seed };
+        let plan = OwnText { conversations, length, seed };
         let first = documents.len();
-        documents.extend(write_own(args, checkpoint, teacher, plan, stopped)?);
+        documents.extend(write_own(checkpoint, teacher, plan, stopped)?);
         documents[first..].iter_mut().enumerate().for_each(|(i, d)| d.line = first + i + 1);
     }
     let parts: Vec<_> = documents.iter().map(|d| (&d.ids, &d.answer)).collect();
@@ -273,15 +264,11 @@ fn own_text(
 }
 
 fn write_own(
-    args: &Args,
     checkpoint: &Checkpoint,
     teacher: &Decoder,
     plan: OwnText,
     stopped: &dyn Fn() -> bool,
 ) -> Result<Vec<Document>> {
-    if let Some(limit) = teacher.context_limit().filter(|&limit| plan.length > limit) {
-        bail!("{}: the teacher's context is {limit} tokens, `data.length` is {}", args.model.display(), plan.length);
-    }
     let total = plan.conversations * plan.length;
     let mut progress = Progress::new("self text", "tokens", total as u64);
     let generator = Generator { decoder: teacher, adapter: None };

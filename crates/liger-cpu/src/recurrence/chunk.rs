@@ -45,7 +45,7 @@ impl<'a> Chunk<'a> {
             to_sub_end: vec![0.0; gates.len()],
             totals: vec![0.0; subs * dim],
         };
-        vectorized(|| {
+        vectorized!(|| {
             for sub in 0..subs {
                 let range = sub * SUB..len.min((sub + 1) * SUB);
                 let total = &mut chunk.totals[sub * dim..(sub + 1) * dim];
@@ -62,7 +62,7 @@ impl<'a> Chunk<'a> {
                     }
                 }
             }
-        });
+        },);
         chunk
     }
 
@@ -91,14 +91,14 @@ impl<'a> Chunk<'a> {
     /// exp(gates summed from the chunk's first token to each row), `[C, D]`: the decay of the state before the chunk.
     pub(crate) fn start_decay(&self) -> Vec<f32> {
         let mut decay = self.row_decay.clone();
-        vectorized(|| {
+        vectorized!(|| {
             for sub in 1..self.subs() {
                 let before: Vec<f32> = self.between(0..sub).iter().map(|&sum| exp(sum)).collect();
                 for i in self.sub(sub) {
                     decay[i * self.dim..(i + 1) * self.dim].iter_mut().zip(&before).for_each(|(x, b)| *x *= b);
                 }
             }
-        });
+        },);
         decay
     }
 
@@ -111,7 +111,7 @@ impl<'a> Chunk<'a> {
     fn column_decay(&self, sub: usize) -> Vec<f32> {
         let columns = self.len.min(sub * SUB);
         let mut decay = vec![0.0f32; columns * self.dim];
-        vectorized(|| {
+        vectorized!(|| {
             for column_sub in 0..sub {
                 let between = self.between(column_sub + 1..sub);
                 for j in self.sub(column_sub) {
@@ -121,7 +121,7 @@ impl<'a> Chunk<'a> {
                     }
                 }
             }
-        });
+        },);
         decay
     }
 
@@ -134,13 +134,13 @@ impl<'a> Chunk<'a> {
     }
 
     fn decay_rows(&self, x: &mut [f32], sub: usize) {
-        vectorized(|| {
+        vectorized!(|| {
             for (row, x) in x.chunks_exact_mut(self.dim).enumerate() {
                 let i = sub * SUB + row / self.group;
                 let decay = &self.row_decay[i * self.dim..(i + 1) * self.dim];
                 x.iter_mut().zip(decay).for_each(|(x, e)| *x *= e);
             }
-        });
+        },);
     }
 
     /// Calls `f(i, j, decay of the pair [D])` for the pairs j <= i inside sub-chunk `sub`.
@@ -171,13 +171,13 @@ impl<'a> Chunk<'a> {
             if sub > 0 {
                 let scaled_rows = self.decayed_rows(x, sub);
                 let mut columns = self.column_decay(sub);
-                vectorized(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y));
+                vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
                 let sizes = (scaled_rows.len() / dim, sub * SUB, dim);
                 let first = sub * SUB * group * len;
                 let (x_rows, y_columns) = (rows(&scaled_rows, dim), rows(&columns, dim).t());
                 matmul(&mut a[first..], len, sizes, x_rows, y_columns, 1.0, false, ALONE);
             }
-            vectorized(|| {
+            vectorized!(|| {
                 let mut scaled = vec![0.0f32; dim];
                 self.for_pairs(sub, |i, j, decay| {
                     for d in 0..dim {
@@ -188,7 +188,7 @@ impl<'a> Chunk<'a> {
                         a[row * len + j] = dot(&x[row * dim..(row + 1) * dim], &scaled);
                     }
                 });
-            });
+            },);
         }
         a
     }
@@ -201,13 +201,13 @@ impl<'a> Chunk<'a> {
             let first = sub * SUB * group;
             if sub > 0 {
                 let mut columns = self.column_decay(sub);
-                vectorized(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y));
+                vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
                 let sizes = (self.sub(sub).len() * group, dim, sub * SUB);
                 let block = &mut out[first * dim..self.sub(sub).end * group * dim];
                 matmul(block, dim, sizes, rows(&a[first * len..], len), rows(&columns, dim), 1.0, false, ALONE);
                 self.decay_rows(block, sub);
             }
-            vectorized(|| {
+            vectorized!(|| {
                 self.for_pairs(sub, |i, j, decay| {
                     let y = &y[j * dim..(j + 1) * dim];
                     for g in 0..group {
@@ -219,7 +219,7 @@ impl<'a> Chunk<'a> {
                         }
                     }
                 });
-            });
+            },);
         }
         out
     }
@@ -237,13 +237,13 @@ impl<'a> Chunk<'a> {
                 let sizes = (sub * SUB, dim, count);
                 matmul(&mut block, dim, sizes, weights, rows(&scaled_rows, dim), 1.0, false, ALONE);
                 let decay = self.column_decay(sub);
-                vectorized(|| {
+                vectorized!(|| {
                     for ((z, b), e) in out.iter_mut().zip(&block).zip(&decay) {
                         *z += b * e;
                     }
-                });
+                },);
             }
-            vectorized(|| {
+            vectorized!(|| {
                 self.for_pairs(sub, |i, j, decay| {
                     let z = &mut out[j * dim..(j + 1) * dim];
                     for g in 0..group {
@@ -255,7 +255,7 @@ impl<'a> Chunk<'a> {
                         }
                     }
                 });
-            });
+            },);
         }
         out
     }

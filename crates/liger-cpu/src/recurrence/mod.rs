@@ -107,12 +107,12 @@ struct Loaded {
 /// `x [C, G, D] * decay [C, D]`.
 fn times_decay(x: &[f32], decay: &[f32], dim: usize, group: usize) -> Vec<f32> {
     let mut out = x.to_vec();
-    vectorized(|| {
+    vectorized!(|| {
         for (row, x) in out.chunks_exact_mut(dim).enumerate() {
             let i = row / group;
             x.iter_mut().zip(&decay[i * dim..(i + 1) * dim]).for_each(|(x, e)| *x *= e);
         }
-    });
+    },);
     out
 }
 
@@ -187,7 +187,7 @@ fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -
 /// One token: S := gate S + k^T v; o = q S.
 fn step(out: &mut [f32], state: &mut [f32], c: &Loaded, p: &Problem<'_>) {
     let (dk, dv) = (p.heads.dim, p.value_dim);
-    vectorized(|| {
+    vectorized!(|| {
         let decay: Vec<f32> = c.gates.iter().map(|&g| exp(g)).collect();
         out.fill(0.0);
         for (d, row) in state.chunks_exact_mut(dv).enumerate() {
@@ -202,7 +202,7 @@ fn step(out: &mut [f32], state: &mut [f32], c: &Loaded, p: &Problem<'_>) {
                 add_scaled(out, c.q[g * dk + d], row);
             }
         }
-    });
+    },);
 }
 
 pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&mut Tensor>) -> Result<()> {

@@ -1,0 +1,6 @@
+//! The table of tests that all devices share.
+
+#[test]
+fn every_operation_agrees_with_float64() {
+    liger_testing::check_all(&liger_cpu::Cpu::new(), 1e-4);
+}

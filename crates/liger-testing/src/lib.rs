@@ -1,0 +1,51 @@
+//! One table of tests that every device runs: each operation against a plain float64 version, each backward against
+//! the float64 gradient, over odd sizes and log gates down to -1e4.
+//!
+//! A device's test file calls [`check_all`] and nothing else. Failing checks panic with the operation and the sizes.
+
+mod attention;
+mod plain;
+mod recurrence;
+mod rng;
+mod rowwise;
+
+use liger_tensor::{DType, Ops, Tensor};
+
+pub use rng::Numbers;
+
+/// Runs the whole table; `tolerance` is the largest allowed norm of a difference, relative to the norm of what is
+/// expected.
+pub fn check_all(ops: &dyn Ops, tolerance: f64) {
+    let check = Check { ops, tolerance };
+    rowwise::check(&check);
+    attention::check(&check);
+    recurrence::check(&check);
+}
+
+pub(crate) struct Check<'a> {
+    pub(crate) ops: &'a dyn Ops,
+    tolerance: f64,
+}
+
+impl Check<'_> {
+    pub(crate) fn tensor(&self, values: &[f64], shape: &[usize]) -> Tensor {
+        let values = values.iter().map(|&x| x as f32).collect();
+        self.ops.upload(values, shape, DType::F32).expect("upload")
+    }
+
+    /// Memory that holds NaN: an output that is not overwritten shows.
+    pub(crate) fn poisoned(&self, shape: &[usize]) -> Tensor {
+        self.ops.upload(vec![f32::NAN; shape.iter().product()], shape, DType::F32).expect("upload")
+    }
+
+    pub(crate) fn close(&self, what: &str, found: &Tensor, expected: &[f64]) {
+        let found = self.ops.download(found).expect("download");
+        assert_eq!(found.len(), expected.len(), "{what}: number of elements");
+        let norm = expected.iter().map(|y| y * y).sum::<f64>().sqrt();
+        let difference = found.iter().zip(expected).map(|(&x, y)| (f64::from(x) - y).powi(2)).sum::<f64>().sqrt();
+        // Where everything cancels, what counts is the size of the terms, which is about 1.
+        let floor = 1e-2 * (expected.len() as f64).sqrt();
+        let ratio = difference / norm.max(floor);
+        assert!(ratio <= self.tolerance, "{what}: relative error {ratio:.2e}");
+    }
+}

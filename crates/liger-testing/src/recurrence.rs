@@ -1,0 +1,173 @@
+//! The gated recurrence on both axes: chunks against single steps in float64, any split, initial and final states, and
+//! every gradient.
+
+use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Sequences};
+
+use crate::{Check, Numbers};
+
+/// Sizes of one sequence.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    t: usize,
+    kv: usize,
+    group: usize,
+    dk: usize,
+    dv: usize,
+    axis: GateAxis,
+}
+
+struct Inputs {
+    q: Vec<f64>,
+    k: Vec<f64>,
+    v: Vec<f64>,
+    gate: Vec<f64>,
+    state: Vec<f64>,
+}
+
+impl Sizes {
+    fn gate_dim(self) -> usize {
+        if self.axis == GateAxis::Key { self.dk } else { self.dv }
+    }
+
+    fn inputs(self, strong: bool) -> Inputs {
+        let mut n = Numbers::new((self.t * self.dk + self.dv) as u64);
+        let rows = self.t * self.kv;
+        Inputs {
+            q: n.normal(rows * self.group * self.dk),
+            k: n.normal(rows * self.dk),
+            v: n.normal(rows * self.dv),
+            gate: n.log_gates(rows * self.gate_dim(), strong),
+            state: n.normal(self.kv * self.dk * self.dv),
+        }
+    }
+
+    /// Index of the gate of token t, head, for state element (a, b).
+    fn gate_at(self, t: usize, head: usize, a: usize, b: usize) -> usize {
+        (t * self.kv + head) * self.gate_dim() + if self.axis == GateAxis::Key { a } else { b }
+    }
+
+    /// o_t = q_t S_t; also the state after every token, the initial one first.
+    fn forward(self, x: &Inputs) -> (Vec<f64>, Vec<Vec<f64>>) {
+        let Self { t, kv, group, dk, dv, .. } = self;
+        let mut out = vec![0.0; t * kv * group * dv];
+        let mut states = vec![x.state.clone()];
+        for i in 0..t {
+            let mut s = states[i].clone();
+            for head in 0..kv {
+                for a in 0..dk {
+                    for b in 0..dv {
+                        let at = (head * dk + a) * dv + b;
+                        let write = x.k[(i * kv + head) * dk + a] * x.v[(i * kv + head) * dv + b];
+                        s[at] = x.gate[self.gate_at(i, head, a, b)].exp() * s[at] + write;
+                        for g in 0..group {
+                            let row = (i * kv + head) * group + g;
+                            out[row * dv + b] += x.q[row * dk + a] * s[at];
+                        }
+                    }
+                }
+            }
+            states.push(s);
+        }
+        (out, states)
+    }
+
+    /// Gradients of q, k, v, gate and initial state, step by step backwards.
+    fn backward(self, x: &Inputs, states: &[Vec<f64>], dout: &[f64], dfinal: &[f64]) -> [Vec<f64>; 5] {
+        let Self { t, kv, group, dk, dv, .. } = self;
+        let (mut dq, mut dkey, mut dvalue, mut dgate) =
+            (vec![0.0; x.q.len()], vec![0.0; x.k.len()], vec![0.0; x.v.len()], vec![0.0; x.gate.len()]);
+        let mut ds = dfinal.to_vec();
+        for i in (0..t).rev() {
+            for head in 0..kv {
+                for a in 0..dk {
+                    for b in 0..dv {
+                        let at = (head * dk + a) * dv + b;
+                        for g in 0..group {
+                            let row = (i * kv + head) * group + g;
+                            dq[row * dk + a] += dout[row * dv + b] * states[i + 1][at];
+                            ds[at] += x.q[row * dk + a] * dout[row * dv + b];
+                        }
+                        let (key, value) = ((i * kv + head) * dk + a, (i * kv + head) * dv + b);
+                        dkey[key] += ds[at] * x.v[value];
+                        dvalue[value] += ds[at] * x.k[key];
+                        let gate = self.gate_at(i, head, a, b);
+                        dgate[gate] += ds[at] * states[i][at] * x.gate[gate].exp();
+                        ds[at] *= x.gate[gate].exp();
+                    }
+                }
+            }
+        }
+        [dq, dkey, dvalue, dgate, ds]
+    }
+}
+
+pub(crate) fn check(c: &Check<'_>) {
+    for axis in [GateAxis::Key, GateAxis::Value] {
+        for (t, kv, group, dk, dv) in [
+            (1, 1, 1, 16, 16),
+            (2, 2, 3, 16, 8),
+            (63, 1, 3, 32, 32),
+            (64, 2, 1, 60, 60),
+            (65, 1, 4, 64, 64),
+            (200, 2, 3, 16, 24),
+            (130, 1, 1, 128, 128),
+        ] {
+            let sizes = Sizes { t, kv, group, dk, dv, axis };
+            for strong in [false, true] {
+                one_case(c, sizes, strong);
+            }
+        }
+    }
+}
+
+fn one_case(c: &Check<'_>, s: Sizes, strong: bool) {
+    let what = format!("recurrence {s:?}, strong gates {strong}");
+    let x = s.inputs(strong);
+    let (expected, states) = s.forward(&x);
+    let heads = s.kv * s.group;
+    let splits = [vec![s.t], vec![1; s.t], vec![s.t / 2, s.t - s.t / 2], vec![s.t - 1, 1]];
+    for pieces in &splits {
+        // Two slots; the text goes through the second.
+        let initial: Vec<f64> = std::iter::repeat_n(0.0, x.state.len()).chain(x.state.iter().copied()).collect();
+        let mut state = c.tensor(&initial, &[2, s.kv, s.dk, s.dv]);
+        let (mut found, mut done) = (Vec::new(), 0);
+        for piece in pieces.iter().copied().filter(|&p| p > 0) {
+            let part =
+                |x: &[f64], h: usize, d: usize| c.tensor(&x[done * h * d..(done + piece) * h * d], &[piece, h, d]);
+            let mut sequences = Sequences::default();
+            sequences.push(piece, done, 1);
+            let mut out = c.poisoned(&[piece, heads, s.dv]);
+            let (q, k, v) = (part(&x.q, heads, s.dk), part(&x.k, s.kv, s.dk), part(&x.v, s.kv, s.dv));
+            let log_gate = part(&x.gate, s.kv, s.gate_dim());
+            let inputs = Recurrence { q: &q, k: &k, v: &v, log_gate: &log_gate, axis: s.axis, sequences: &sequences };
+            c.ops.gated_recurrence_forward(&mut out, inputs, Some(&mut state)).expect(&what);
+            found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
+            done += piece;
+        }
+        c.close(&format!("{what}: output in {} pieces", pieces.len()), &c.tensor(&found, &[found.len()]), &expected);
+        let mut last = c.poisoned(&[1, s.kv, s.dk, s.dv]);
+        c.ops.copy_rows(&mut last, &state, 1).expect("copy_rows");
+        c.close(&format!("{what}: final state"), &last, &states[s.t]);
+    }
+
+    let mut numbers = Numbers::new(11);
+    let (dout, dfinal) = (numbers.normal(expected.len()), numbers.normal(x.state.len()));
+    let expected = s.backward(&x, &states, &dout, &dfinal);
+    let tensor = |x: &[f64], h: usize, d: usize| c.tensor(x, &[s.t, h, d]);
+    let (q, k, v) = (tensor(&x.q, heads, s.dk), tensor(&x.k, s.kv, s.dk), tensor(&x.v, s.kv, s.dv));
+    let log_gate = tensor(&x.gate, s.kv, s.gate_dim());
+    let (mut dq, mut dk, mut dv) = (c.poisoned(q.shape()), c.poisoned(k.shape()), c.poisoned(v.shape()));
+    let mut dgate = c.poisoned(log_gate.shape());
+    let shape = [1, s.kv, s.dk, s.dv];
+    let (initial, mut dstate) = (c.tensor(&x.state, &shape), c.tensor(&dfinal, &shape));
+    let sequences = Sequences::fresh([s.t]);
+    let inputs = Recurrence { q: &q, k: &k, v: &v, log_gate: &log_gate, axis: s.axis, sequences: &sequences };
+    let gradients =
+        RecurrenceGradients { q: &mut dq, k: &mut dk, v: &mut dv, log_gate: &mut dgate, state: Some(&mut dstate) };
+    c.ops.gated_recurrence_backward(gradients, inputs, Some(&initial), &tensor(&dout, heads, s.dv)).expect(&what);
+    for ((found, expected), name) in
+        [&dq, &dk, &dv, &dgate, &dstate].into_iter().zip(&expected).zip(["q", "k", "v", "gate", "state"])
+    {
+        c.close(&format!("{what}: gradient of {name}"), found, expected);
+    }
+}

@@ -1,0 +1,298 @@
+//! Products, norms, RoPE, SwiGLU, feature maps, losses and the optimizer.
+
+use liger_tensor::{AdamwStep, DType, FeatureMap, FeatureSpec, Gate, Gemm};
+
+use crate::plain::{gradient, log_sigmoid, matmul, mean, sigmoid, softmax, transpose};
+use crate::{Check, Numbers};
+
+pub(crate) fn check(c: &Check<'_>) {
+    products(c);
+    norms_and_activations(c);
+    rope(c);
+    features(c);
+    slot_gates(c);
+    losses(c);
+    optimizer(c);
+    rows(c);
+}
+
+fn products(c: &Check<'_>) {
+    let sizes =
+        [(1, 1, 1), (1, 65, 33), (2, 3, 16), (7, 48, 60), (8, 130, 64), (50, 20, 96), (100, 130, 70), (200, 600, 17)];
+    for (m, n, k) in sizes {
+        let mut numbers = Numbers::new((m * n * k) as u64);
+        let (x, w, old) = (numbers.normal(m * k), numbers.normal(n * k), numbers.normal(m * n));
+        let product = matmul(&x, &transpose(&w, n), (m, n, k));
+        let expected: Vec<f64> = old.iter().zip(&product).map(|(o, p)| o + 0.5 * p).collect();
+        for (a_flag, b_flag) in [(false, true), (false, false), (true, true), (true, false)] {
+            let a = if a_flag { c.tensor(&transpose(&x, m), &[k, m]) } else { c.tensor(&x, &[m, k]) };
+            let b = if b_flag { c.tensor(&w, &[n, k]) } else { c.tensor(&transpose(&w, n), &[k, n]) };
+            let how = Gemm { transpose_a: a_flag, transpose_b: b_flag, scale: 1.0, accumulate: false };
+            let what = format!("gemm {m} {n} {k}, transposed {a_flag} {b_flag}");
+            let mut out = c.poisoned(&[m, n]);
+            c.ops.gemm(&mut out, &a, &b, how).expect(&what);
+            c.close(&what, &out, &product);
+            let mut out = c.tensor(&old, &[m, n]);
+            c.ops.gemm(&mut out, &a, &b, how.accumulated().scaled(0.5)).expect(&what);
+            c.close(&what, &out, &expected);
+        }
+        // bfloat16 weights: the products of the rounded ones.
+        for (b_flag, shape) in [(true, [n, k]), (false, [k, n])] {
+            let values = if b_flag { w.clone() } else { transpose(&w, n) };
+            let narrow = values.iter().map(|&x| x as f32).collect();
+            let b = c.ops.upload(narrow, &shape, DType::Bf16).expect("upload");
+            let rounded: Vec<f64> = c.ops.download(&b).expect("download").iter().map(|&x| f64::from(x)).collect();
+            let rounded = if b_flag { transpose(&rounded, n) } else { rounded };
+            let how = Gemm { transpose_a: false, transpose_b: b_flag, scale: 1.0, accumulate: false };
+            let mut out = c.poisoned(&[m, n]);
+            c.ops.gemm(&mut out, &c.tensor(&x, &[m, k]), &b, how).expect("gemm");
+            c.close(&format!("bf16 gemm {m} {n} {k}"), &out, &matmul(&x, &rounded, (m, n, k)));
+        }
+    }
+}
+
+fn norms_and_activations(c: &Check<'_>) {
+    for (n, d) in [(1, 1), (3, 60), (2, 64), (5, 65)] {
+        let mut numbers = Numbers::new((n * d) as u64);
+        let (x, w, dy, old) = (numbers.normal(n * d), numbers.normal(d), numbers.normal(n * d), numbers.normal(n * d));
+        let norm = |x: &[f64]| -> Vec<f64> {
+            let row = |x: &[f64]| {
+                let r = (x.iter().map(|x| x * x).sum::<f64>() / d as f64 + 1e-5).sqrt();
+                x.iter().zip(&w).map(|(x, w)| x * w / r).collect::<Vec<_>>()
+            };
+            x.chunks(d).flat_map(row).collect()
+        };
+        let (xt, wt) = (c.tensor(&x, &[n, d]), c.tensor(&w, &[d]));
+        let mut out = c.poisoned(&[n, d]);
+        c.ops.rms_norm_forward(&mut out, &xt, &wt, 1e-5).expect("rms_norm_forward");
+        c.close("rms_norm_forward", &out, &norm(&x));
+        let mut dx = c.tensor(&old, &[n, d]);
+        c.ops.rms_norm_backward(&mut dx, &xt, &wt, 1e-5, &c.tensor(&dy, &[n, d])).expect("rms_norm_backward");
+        let expected: Vec<f64> = gradient(&x, &dy, norm).iter().zip(&old).map(|(g, o)| g + o).collect();
+        c.close(&format!("rms_norm_backward {n} {d}"), &dx, &expected);
+
+        let (gate, up) = (x, numbers.normal(n * d));
+        let swiglu = |g: &[f64], u: &[f64]| -> Vec<f64> { g.iter().zip(u).map(|(g, u)| g * sigmoid(*g) * u).collect() };
+        let (mut gt, mut ut) = (c.tensor(&gate, &[n, d]), c.tensor(&up, &[n, d]));
+        let mut out = c.poisoned(&[n, d]);
+        c.ops.swiglu_forward(&mut out, &gt, &ut).expect("swiglu_forward");
+        c.close("swiglu_forward", &out, &swiglu(&gate, &up));
+        c.ops.swiglu_backward(&mut gt, &mut ut, &c.tensor(&dy, &[n, d])).expect("swiglu_backward");
+        c.close("swiglu_backward gate", &gt, &gradient(&gate, &dy, |g| swiglu(g, &up)));
+        c.close("swiglu_backward up", &ut, &gradient(&up, &dy, |u| swiglu(&gate, u)));
+
+        let soft = |x: &[f64]| -> Vec<f64> { x.chunks(d).flat_map(softmax).collect() };
+        let mut y = c.tensor(&gate, &[n, d]);
+        c.ops.softmax_forward(&mut y).expect("softmax_forward");
+        c.close("softmax_forward", &y, &soft(&gate));
+        let mut dx = c.tensor(&dy, &[n, d]);
+        c.ops.softmax_backward(&mut dx, &y).expect("softmax_backward");
+        c.close("softmax_backward", &dx, &gradient(&gate, &dy, soft));
+    }
+}
+
+fn rope(c: &Check<'_>) {
+    let (n, heads, d) = (5, 3, 60);
+    let mut numbers = Numbers::new(1);
+    let (x, angles) = (numbers.normal(n * heads * d), numbers.normal(n * d / 2));
+    let expected: Vec<f64> = (0..x.len())
+        .map(|i| {
+            let (t, e) = (i / (heads * d), i % d);
+            let (angle, other) = (angles[t * d / 2 + e % (d / 2)], if e < d / 2 { i + d / 2 } else { i - d / 2 });
+            let sign = if e < d / 2 { -1.0 } else { 1.0 };
+            x[i] * angle.cos() + sign * x[other] * angle.sin()
+        })
+        .collect();
+    let table = |f: fn(f64) -> f64| c.tensor(&angles.iter().map(|a| f(*a)).collect::<Vec<_>>(), &[n, d / 2]);
+    let (cos, sin) = (table(f64::cos), table(f64::sin));
+    let mut out = c.tensor(&x, &[n, heads, d]);
+    c.ops.rope(&mut out, &cos, &sin, false).expect("rope");
+    c.close("rope", &out, &expected);
+    c.ops.rope(&mut out, &cos, &sin, true).expect("rope");
+    c.close("rope back", &out, &x);
+}
+
+fn map(x: &[f64], kind: FeatureMap, d: usize) -> Vec<f64> {
+    match kind {
+        FeatureMap::Softmax => x.chunks(d).flat_map(softmax).collect(),
+        FeatureMap::OneMinusSigmoid => x.iter().map(|x| 1.0 - sigmoid(*x)).collect(),
+    }
+}
+
+fn log_gate(k: &[f64], gate: Gate, d: usize) -> Vec<f64> {
+    match gate {
+        Gate::LogSigmoid { divisor } => k.iter().map(|k| log_sigmoid(*k) / f64::from(divisor)).collect(),
+        Gate::NegativeExp => k.iter().map(|k| -k.exp()).collect(),
+        Gate::MeanLogSigmoid => k.chunks(d).flat_map(|k| vec![log_sigmoid(mean(k)); d]).collect(),
+        Gate::MeanNegativeSoftplus => k.chunks(d).flat_map(|k| vec![log_sigmoid(-mean(k)); d]).collect(),
+    }
+}
+
+fn features(c: &Check<'_>) {
+    let gates = [
+        Gate::LogSigmoid { divisor: 16.0 },
+        Gate::LogSigmoid { divisor: 1.0 },
+        Gate::MeanLogSigmoid,
+        Gate::MeanNegativeSoftplus,
+        Gate::NegativeExp,
+    ];
+    for gate in gates {
+        for key in [FeatureMap::Softmax, FeatureMap::OneMinusSigmoid] {
+            let spec = FeatureSpec { query: FeatureMap::Softmax, key, gate };
+            let (n, heads, kv, d) = (3, 4, 2, 18);
+            let (q_shape, k_shape) = ([n, heads, d], [n, kv, d]);
+            let mut numbers = Numbers::new(2);
+            let q = numbers.normal(n * heads * d);
+            let k: Vec<f64> = numbers.normal(n * kv * d).iter().map(|k| 2.0 * k).collect();
+            let (qt, kt) = (c.tensor(&q, &q_shape), c.tensor(&k, &k_shape));
+            let (mut f, mut w, mut g) = (c.poisoned(&q_shape), c.poisoned(&k_shape), c.poisoned(&k_shape));
+            c.ops.features_forward(&mut f, &mut w, &mut g, &qt, &kt, spec).expect("features_forward");
+            let what = format!("{spec:?}");
+            c.close(&format!("{what}: query"), &f, &map(&q, spec.query, d));
+            c.close(&format!("{what}: key"), &w, &map(&k, key, d));
+            c.close(&format!("{what}: gate"), &g, &log_gate(&k, gate, d));
+            let (df, dw, dg) = (numbers.normal(q.len()), numbers.normal(k.len()), numbers.normal(k.len()));
+            let (mut dq, mut dk) = (c.tensor(&df, &q_shape), c.tensor(&dw, &k_shape));
+            c.ops
+                .features_backward(&mut dq, &mut dk, &c.tensor(&dg, &k_shape), &qt, &kt, spec)
+                .expect("features_backward");
+            c.close(&format!("{what}: dq"), &dq, &gradient(&q, &df, |q| map(q, spec.query, d)));
+            let both: Vec<f64> = dw.iter().chain(&dg).copied().collect();
+            let expected = gradient(&k, &both, |k| [map(k, key, d), log_gate(k, gate, d)].concat());
+            c.close(&format!("{what}: dk"), &dk, &expected);
+        }
+    }
+}
+
+fn slot_gates(c: &Check<'_>) {
+    for (d, slots) in [(16, 16), (16, 8), (18, 4), (6, 9)] {
+        let (n, kv) = (3, 2);
+        let mut numbers = Numbers::new((d * slots) as u64);
+        let k = numbers.normal(n * kv * d);
+        let pool = |k: &[f64]| -> Vec<f64> {
+            (0..slots).map(|m| mean(&k[m * d / slots..((m + 1) * d).div_ceil(slots)])).collect()
+        };
+        let gates = |k: &[f64]| -> Vec<f64> { k.chunks(d).flat_map(pool).map(|p| log_sigmoid(p) / 16.0).collect() };
+        let writes = |k: &[f64]| -> Vec<f64> { gates(k).iter().map(|g| 1.0 - g.exp()).collect() };
+        let shape = [n, kv, slots];
+        let kt = c.tensor(&k, &[n, kv, d]);
+        let (mut g, mut w) = (c.poisoned(&shape), c.poisoned(&shape));
+        c.ops.slot_gates_forward(&mut g, &mut w, &kt).expect("slot_gates_forward");
+        c.close("slot_gates_forward gate", &g, &gates(&k));
+        c.close("slot_gates_forward write", &w, &writes(&k));
+        let (dg, dw, old) = (numbers.normal(n * kv * slots), numbers.normal(n * kv * slots), numbers.normal(k.len()));
+        let mut dk = c.tensor(&old, &[n, kv, d]);
+        let (dgt, dwt) = (c.tensor(&dg, &shape), c.tensor(&dw, &shape));
+        c.ops.slot_gates_backward(&mut dk, &dgt, &dwt, &kt).expect("slot_gates_backward");
+        let both: Vec<f64> = dg.iter().chain(&dw).copied().collect();
+        let expected = gradient(&k, &both, |k| [gates(k), writes(k)].concat());
+        let expected: Vec<f64> = expected.iter().zip(&old).map(|(g, o)| g + o).collect();
+        c.close(&format!("slot_gates_backward {d} {slots}"), &dk, &expected);
+    }
+}
+
+fn losses(c: &Check<'_>) {
+    for v in [1, 5, 97, 300] {
+        let n = 4;
+        let mut numbers = Numbers::new(v as u64);
+        let logits: Vec<f64> = numbers.normal(n * v).iter().map(|x| 3.0 * x).collect();
+        let teacher: Vec<f64> = numbers.normal(n * v).iter().map(|x| 3.0 * x).collect();
+        let labels = [0, -100, v as i64 - 1, v as i64 / 2];
+        let counts = labels.map(|l| l >= 0);
+        let cross = |x: &[f64]| -> Vec<f64> {
+            let row = |(x, l): (&[f64], &i64)| if *l < 0 { 0.0 } else { -softmax(x)[*l as usize].ln() };
+            x.chunks(v).zip(&labels).map(row).collect()
+        };
+        let kl = |x: &[f64]| -> Vec<f64> {
+            let row = |((x, t), count): ((&[f64], &[f64]), &bool)| {
+                let (q, p) = (softmax(x), softmax(t));
+                if *count { p.iter().zip(q).map(|(p, q)| p * (p / q).ln()).sum() } else { 0.0 }
+            };
+            x.chunks(v).zip(teacher.chunks(v)).zip(&counts).map(row).collect()
+        };
+        let t = c.tensor(&teacher, &[n, v]);
+        for (name, expected, slope) in [
+            ("cross_entropy", cross(&logits), gradient(&logits, &[0.25; 4], cross)),
+            ("kl_divergence", kl(&logits), gradient(&logits, &[0.25; 4], kl)),
+        ] {
+            for scale in [None, Some(0.25)] {
+                let mut x = c.tensor(&logits, &[n, v]);
+                let found = match name {
+                    "cross_entropy" => c.ops.cross_entropy(&mut x, &labels, scale),
+                    _ => c.ops.kl_divergence(&mut x, &t, &counts, scale),
+                };
+                let found: Vec<f64> = found.expect(name).iter().map(|&x| f64::from(x)).collect();
+                c.close(&format!("{name} {v}"), &c.tensor(&found, &[n]), &expected);
+                let after = if scale.is_some() { &slope } else { &logits };
+                c.close(&format!("{name} {v}: logits after, {scale:?}"), &x, after);
+            }
+        }
+    }
+}
+
+fn optimizer(c: &Check<'_>) {
+    let n = 37;
+    let mut numbers = Numbers::new(3);
+    let (mut w, mut m, mut v) = (numbers.normal(n), vec![0.0; n], vec![0.0; n]);
+    let (mut wt, mut mt, mut vt) = (c.tensor(&w, &[n]), c.tensor(&m, &[n]), c.tensor(&v, &[n]));
+    for step in 1..=3u64 {
+        let g = numbers.normal(n);
+        let (b1, b2, lr, eps, wd, gs) = (0.9, 0.999, 1e-2, 1e-8, 0.1, 0.5);
+        for i in 0..n {
+            let g = g[i] * gs;
+            m[i] = b1 * m[i] + (1.0 - b1) * g;
+            v[i] = b2 * v[i] + (1.0 - b2) * g * g;
+            let (mh, vh) = (m[i] / (1.0 - b1.powi(step as i32)), v[i] / (1.0 - b2.powi(step as i32)));
+            w[i] -= lr * (mh / (vh.sqrt() + eps) + wd * w[i]);
+        }
+        let update = AdamwStep {
+            learning_rate: 1e-2,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            step,
+            gradient_scale: 0.5,
+        };
+        let gradient = c.tensor(&g, &[n]);
+        c.ops.adamw(&mut wt, &gradient, &mut mt, &mut vt, update).expect("adamw");
+        let found = c.ops.sum_of_squares(&gradient).expect("sum_of_squares");
+        let expected: f64 = g.iter().map(|g| g * g).sum();
+        assert!((found / expected - 1.0).abs() < 1e-5, "sum_of_squares {found} {expected}");
+    }
+    c.close("adamw", &wt, &w);
+}
+
+fn rows(c: &Check<'_>) {
+    let mut numbers = Numbers::new(4);
+    let table = numbers.normal(10 * 6);
+    let t = c.tensor(&table, &[10, 6]);
+    let mut out = c.poisoned(&[3, 6]);
+    c.ops.embedding(&mut out, &t, &[9, 0, 9]).expect("embedding");
+    c.close("embedding", &out, &[&table[54..], &table[..6], &table[54..]].concat());
+    assert!(c.ops.embedding(&mut out, &t, &[10, 0, 0]).is_err(), "a token past the table");
+    c.ops.copy_rows(&mut out, &t, 2).expect("copy_rows");
+    c.close("copy_rows", &out, &table[12..30]);
+    let mut large = c.tensor(&table, &[10, 6]);
+    c.ops.write_rows(&mut large, &out, 0).expect("write_rows");
+    c.close("write_rows", &large, &[&table[12..30], &table[18..]].concat());
+    let bias = numbers.normal(6);
+    c.ops.add_bias(&mut large, &c.tensor(&bias, &[6])).expect("add_bias");
+    let expected: Vec<f64> =
+        [&table[12..30], &table[18..]].concat().iter().enumerate().map(|(i, x)| x + bias[i % 6]).collect();
+    c.close("add_bias", &large, &expected);
+    let mut y = c.poisoned(&[10, 6]);
+    c.ops.axpby(&mut y, 2.0, &t, 0.0).expect("axpby");
+    c.ops.axpby(&mut y, 1.0, &t, 0.5).expect("axpby");
+    c.close("axpby", &y, &table.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+
+    // Dropout: the share that is kept, its factor, the same mask for the same seed.
+    let ones = vec![1.0; 40_000];
+    let (mut a, mut b) = (c.tensor(&ones, &[40_000]), c.tensor(&ones, &[40_000]));
+    c.ops.dropout(&mut a, 0.25, 7).expect("dropout");
+    c.ops.dropout(&mut b, 0.25, 7).expect("dropout");
+    let a = c.ops.download(&a).expect("download");
+    assert_eq!(a, c.ops.download(&b).expect("download"));
+    let kept = a.iter().filter(|x| **x > 0.0).count() as f64 / 4e4;
+    assert!((kept - 0.75).abs() < 0.01 && a.iter().all(|x| *x == 0.0 || (*x - 4.0 / 3.0).abs() < 1e-6), "{kept}");
+}
