@@ -17,6 +17,7 @@ import gguf
 import mistral_common
 import sentencepiece
 import zstandard
+from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 
 source = pathlib.Path(sys.argv[1])
@@ -75,6 +76,9 @@ def main():
     fields = [(k, f.contents()) for k, f in reader.fields.items() if k.startswith("tokenizer.")]
     write_gguf("smollm2.gguf", fields)
     smollm2 = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    # transformers rebuilds every GGUF tokenizer with GPT-2's words; SmolLM2's own tokenizer.json cuts digits apart first.
+    smollm2.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
     model = pathlib.Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     sp = sentencepiece.SentencePieceProcessor(model_file=str(model))

@@ -42,10 +42,11 @@ impl Progress {
         }
         if self.last_line.elapsed() >= LINE_EVERY {
             self.last_line = Instant::now();
-            let rate = (done.saturating_sub(first)) as f64 / self.start.elapsed().as_secs_f64();
-            let left = (self.total.saturating_sub(done)) as f64 / rate.max(1e-9);
+            let rate = done.saturating_sub(first) as f64 / self.start.elapsed().as_secs_f64();
             let words = if words.is_empty() { String::new() } else { format!(", {words}") };
-            eprintln!("{}: {done}/{} {}, {rate:.1}/s, {left:.0} s left{words}", self.what, self.total, self.unit);
+            let left = self.total.saturating_sub(done) as f64 / rate;
+            let left = if rate > 0.0 { format!(", {left:.0} s left") } else { String::new() };
+            eprintln!("{}: {done}/{} {}{left}{words}", self.what, self.total, self.unit);
         }
     }
 

@@ -1,0 +1,84 @@
+//! Decoding in constant memory.
+
+use std::sync::Arc;
+
+use liger_cpu::Cpu;
+use liger_model::{Decoder, Generator, LigerConfig, ModelConfig, RandomWeights, Structure, Weights};
+use liger_tensor::DType;
+
+fn tiny(structure: Structure) -> Decoder {
+    let config = ModelConfig::shape("tiny").unwrap();
+    let ops = Arc::new(Cpu::new());
+    let weights = Weights::load(&RandomWeights::new(&config, 1), &config, &*ops, DType::F32).unwrap();
+    let liger = LigerConfig { window: 16, sinks: 4, ..LigerConfig::paper(structure) };
+    Decoder::new(ops, config, weights).with_attention(Some(liger))
+}
+
+/// Resident memory in KiB; `None` where the system does not say.
+fn resident() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// One test, for the other tests of a process would show in its memory.
+#[test]
+fn twenty_thousand_tokens_take_no_more_memory_than_a_thousand() {
+    let decoder = tiny(Structure::Gla);
+    // Far past the 512 tokens that the base model is said to be trained for.
+    assert_eq!(decoder.context_limit(), None);
+    let generator = Generator { decoder: &decoder, adapter: None };
+    let mut state = decoder.new_state(1).unwrap();
+    let bytes = state.bytes();
+    let mut logits = generator.prefill(&mut state, 0, &[1, 2, 3]).unwrap();
+    let mut before = None;
+    for i in 0..20_000 {
+        let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
+        let step = generator.step(&mut state, &[(0, best)]).unwrap();
+        logits = decoder.ops().download(&step).unwrap();
+        if i == 1000 {
+            before = resident();
+        }
+    }
+    assert!(logits.iter().all(|x| x.is_finite()));
+    assert_eq!((state.position(0), state.bytes()), (20_003, bytes));
+    if let (Some(before), Some(after)) = (before, resident()) {
+        assert!(after <= before + 1024, "resident memory grew from {before} to {after} KiB");
+    }
+    a_state_survives_the_disk();
+    a_teacher_stops_at_its_context();
+}
+
+fn a_state_survives_the_disk() {
+    for structure in Structure::ALL {
+        let decoder = tiny(structure);
+        let generator = Generator { decoder: &decoder, adapter: None };
+        let prompt: Vec<u32> = (0..100).map(|i| i * 37 % 256).collect();
+        let mut state = decoder.new_state(1).unwrap();
+        generator.prefill(&mut state, 0, &prompt).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state.safetensors");
+        state.save(&path, "this model", decoder.ops()).unwrap();
+        let expected = generator.prefill(&mut state, 0, &[7, 8, 9]).unwrap();
+        let mut again = decoder.new_state(1).unwrap();
+        again.load(&path, "this model", decoder.ops()).unwrap();
+        assert_eq!(again.position(0), 100);
+        assert_eq!(generator.prefill(&mut again, 0, &[7, 8, 9]).unwrap(), expected);
+        let error = again.load(&path, "another model", decoder.ops()).unwrap_err().to_string();
+        assert!(error.ends_with("the state of another model, structure or adapter"), "{error}");
+        again.reset(0, decoder.ops()).unwrap();
+        let mut fresh = decoder.new_state(1).unwrap();
+        let first = generator.prefill(&mut fresh, 0, &prompt).unwrap();
+        assert_eq!(generator.prefill(&mut again, 0, &prompt).unwrap(), first);
+    }
+}
+
+fn a_teacher_stops_at_its_context() {
+    let teacher = tiny(Structure::Gla).with_attention(None);
+    assert_eq!(teacher.context_limit(), Some(512));
+    let mut state = teacher.new_state(1).unwrap();
+    let generator = Generator { decoder: &teacher, adapter: None };
+    let error = generator.prefill(&mut state, 0, &[1; 513]).unwrap_err().to_string();
+    assert!(error.starts_with("513 tokens are more than this model's context of 512"), "{error}");
+    assert!(error.contains("a Liger model has no such limit"), "{error}");
+}
