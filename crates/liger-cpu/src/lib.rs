@@ -56,7 +56,14 @@ fn check_rows(operation: &'static str, large: &Tensor, small: &Tensor, start: us
 
 impl Ops for Cpu {
     fn describe(&self) -> String {
-        format!("cpu, {} threads, {:?}", rayon::current_num_threads(), pulp::Arch::new())
+        // Debug prints every feature after the name.
+        let arch = format!("{:?}", pulp::Arch::new());
+        let vectors = match arch.split('(').next().unwrap_or_default() {
+            "V4" => "AVX-512",
+            "V3" => "AVX2",
+            other => other,
+        };
+        format!("cpu, {} threads, {vectors}", rayon::current_num_threads())
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -1,5 +1,7 @@
 //! The table of tests that all devices share.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 #[test]
 fn every_operation_agrees_with_float64() {
     liger_testing::check_all(&liger_cpu::Cpu::new(), 1e-4);

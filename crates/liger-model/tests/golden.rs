@@ -1,6 +1,8 @@
 //! Every case of `tests/golden/fixtures` (or of the folder in `LIGER_GOLDEN_DIR`): logits, branches, states, losses and
 //! gradients against the float64 definition in `tests/golden/reference.py`.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

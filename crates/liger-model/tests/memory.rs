@@ -1,5 +1,7 @@
 //! Decoding in constant memory.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::sync::Arc;
 
 use liger_cpu::Cpu;

@@ -1,5 +1,7 @@
 //! Whole runs on a tiny model: the loss falls, a run that was cut off goes on as if it had not been.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

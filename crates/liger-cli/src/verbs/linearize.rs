@@ -100,13 +100,16 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(layer) = recipe.liger.softmax_layers.iter().find(|&&l| l >= checkpoint.config.num_layers) {
         bail!("recipe: `liger.softmax_layers`: found {layer}, the model has {} layers", checkpoint.config.num_layers);
     }
+    // Everything that may be the user's mistake comes before the first file is written.
+    let ops = args.device.open()?;
+    let given = Given::read(args, &recipe, &checkpoint)?;
     let out = args.out();
     prepare_folder(&out, args.force || args.resume)?;
     if args.force && !args.resume && out.join("checkpoints").exists() {
         std::fs::remove_dir_all(out.join("checkpoints")).with_context(|| out.display().to_string())?;
     }
     let stop = interrupt::flag()?;
-    let teacher = checkpoint.load(args.device.open()?, args.device.dtype.into())?;
+    let teacher = checkpoint.load(ops, args.device.dtype.into())?;
     let student = teacher.with_attention(Some(recipe.liger_config()));
     eprintln!(
         "{}: {:.1} M parameters on {}",
@@ -117,7 +120,7 @@ pub fn run(args: &Args) -> Result<()> {
     files::write_whole(&out.join("recipe.toml"), recipe.to_toml().as_bytes())?;
 
     let stopped = || stop.load(std::sync::atomic::Ordering::Relaxed);
-    let texts = Texts::prepare(args, &recipe, &checkpoint, &teacher, &out, &stopped)?;
+    let texts = Texts::prepare(args, &recipe, &checkpoint, &teacher, given, &out, &stopped)?;
     teacher.ops().trim();
     let (adapter, records) = tune(args, &recipe, &student, &texts, &out, &stop)?;
     teacher.ops().trim();
@@ -179,41 +182,57 @@ struct Texts {
     description: String,
 }
 
+/// The documents of the files that the user named.
+struct Given {
+    training: Option<Documents>,
+    measured: Option<Documents>,
+}
+
+impl Given {
+    fn read(args: &Args, recipe: &Recipe, checkpoint: &Checkpoint) -> Result<Self> {
+        let eos = checkpoint.config.eos_token_ids.first().copied();
+        let read = |path: &Path| -> Result<Documents> {
+            let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
+            if let Some(summary) = documents.skipped_summary() {
+                eprintln!("{}: {summary}", path.display());
+            }
+            Ok(documents)
+        };
+        let training = if args.data == "self" { None } else { Some(read(Path::new(&args.data))?) };
+        let measured = args.eval_data.as_deref().map(read).transpose()?;
+        Ok(Self { training, measured })
+    }
+}
+
 impl Texts {
     fn prepare(
         args: &Args,
         recipe: &Recipe,
         checkpoint: &Checkpoint,
         teacher: &Decoder,
+        given: Given,
         out: &Path,
         stopped: &dyn Fn() -> bool,
     ) -> Result<Self> {
-        let eos = checkpoint.config.eos_token_ids.first().copied();
-        let own = args.data == "self";
+        let own = given.training.is_none();
         let (mut pieces, mut description) = (Vec::new(), String::new());
-        let (training, validation) = if own {
+        let (training, validation) = if let Some(documents) = given.training {
+            documents.split(recipe.data.validation, recipe.train.seed)
+        } else {
             let length = teacher.context_limit().map_or(PIECE, |limit| limit.min(PIECE));
             let wanted = args.self_tokens.min(recipe.train.tokens).div_ceil(length as u64) as usize;
             // One conversation validates, unless the recipe wants none.
             let kept = usize::from(recipe.data.validation > 0.0);
             let measured = if args.eval_data.is_some() { 0 } else { args.eval_pieces };
             let file = out.join("self.json");
-            let mut documents =
-                own_text(args, recipe, checkpoint, teacher, (wanted + kept + measured, length), &file, stopped)?;
+            let size = (wanted + kept + measured, length);
+            let mut documents = own_text(args, recipe, checkpoint, teacher, size, &file, stopped)?;
             pieces = documents.split_off(wanted + kept).into_iter().map(|d| d.ids).collect();
             description = format!("{measured} conversations of {length} tokens that the teacher wrote, held out");
             let validation = documents.split_off(wanted);
             (documents, validation)
-        } else {
-            let path = Path::new(&args.data);
-            let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
-            if let Some(summary) = documents.skipped_summary() {
-                eprintln!("{}: {summary}", path.display());
-            }
-            documents.split(recipe.data.validation, recipe.train.seed)
         };
-        if let Some(path) = &args.eval_data {
-            let documents = Documents::read(path, &checkpoint.tokenizer, eos, &recipe.data)?;
+        if let (Some(documents), Some(path)) = (given.measured, &args.eval_data) {
             pieces = cut(&documents.list, args.eval_pieces);
             description = format!("{} pieces of up to {PIECE} tokens of {}", pieces.len(), file_name(path));
         } else if !own {

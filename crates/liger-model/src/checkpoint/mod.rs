@@ -14,7 +14,7 @@ use liger_tensor::{DType, Ops};
 use serde_json::{Map, Value};
 
 pub use peft::{load_adapter, save_adapter};
-pub use safetensors_files::{SafetensorsFiles, WeightMap};
+pub use safetensors_files::{SafetensorsFiles, WeightMap, read_safetensors_header};
 pub use save::{SaveFormat, save_model};
 
 use crate::config::ModelConfig;

@@ -145,6 +145,15 @@ impl SafetensorsFiles {
     }
 }
 
+/// Checks the header of a safetensors file in memory; the names of its tensors.
+///
+/// # Errors
+/// [`Error::Corrupt`] if it is damaged.
+pub fn read_safetensors_header(bytes: &[u8], path: &Path) -> Result<Vec<String>> {
+    let header = read_header(&mut &bytes[..], bytes.len() as u64, path)?;
+    Ok(header.into_iter().map(|(name, ..)| name).collect())
+}
+
 fn element_size(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "F64" | "I64" | "U64" => 8,

@@ -1,0 +1,177 @@
+//! The main job on a tiny model, through the real binary.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::path::Path;
+
+use common::{failure, liger, write_model, write_recipe};
+use serde_json::Value;
+
+fn run(args: &[&str], folder: &Path) -> String {
+    let output = liger().args(args).current_dir(folder).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn linearize_then_use_the_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    write_model(&dir.join("base"));
+    write_recipe(&dir.join("r.toml"), 6);
+    let args = ["linearize", "base", "--recipe", "r.toml", "--data", "self", "--eval-pieces", "1", "--out", "run"];
+    let shown = run(&args, dir);
+    for part in ["Perplexity by position", "window 16 + 4 sinks", "untrained", "tuned", "Teacher:", "Student:", "1K-2K"]
+    {
+        assert!(shown.contains(part), "{part} in {shown}");
+    }
+    for file in [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "report.md",
+        "loss.svg",
+        "perplexity.svg",
+        "memory.svg",
+        "metrics.jsonl",
+        "recipe.toml",
+    ] {
+        assert!(dir.join("run").join(file).exists(), "{file}");
+    }
+    assert_eq!(std::fs::read_to_string(dir.join("run/metrics.jsonl")).unwrap().lines().count(), 6);
+    let config: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("run/config.json")).unwrap()).unwrap();
+    assert_eq!(config["liger"]["structure"], "gla");
+
+    // The fused model and base + adapter in the Liger form say the same.
+    run(&["convert", "base", "--structure", "gla", "--window", "16", "--sinks", "2", "--out", "form"], dir);
+    run(&["fuse", "form", "--adapter", "run/adapter", "--out", "fused"], dir);
+    let generate = |model: &str, more: &[&str]| {
+        run(&[&["generate", model, "--prompt", "Hello", "-n", "12", "--json"], more].concat(), dir)
+    };
+    let tokens = |text: String| serde_json::from_str::<Value>(&text).unwrap()["tokens"].clone();
+    let fused = tokens(generate("run", &[]));
+    assert_eq!(fused, tokens(generate("fused", &[])));
+    assert_eq!(fused, tokens(generate("form", &["--adapter", "run/adapter"])));
+    // Sampling follows its seed.
+    let sampled = |seed: &str| tokens(generate("run", &["--temperature", "1", "--top-p", "0.9", "--seed", seed]));
+    assert_eq!(sampled("1"), sampled("1"));
+    assert_ne!(sampled("1"), sampled("2"));
+
+    // A text in two halves through a saved state is the text in one.
+    run(&["generate", "run", "--raw", "--prompt", "abcdefgh", "-n", "1", "--save-state", "s.safetensors"], dir);
+    let info: Value = serde_json::from_str(&run(&["info", "run", "--json"], dir)).unwrap();
+    let states = info["state"].as_array().unwrap();
+    assert_eq!(states[0]["bytes"], states[3]["bytes"]);
+    assert!(
+        run(&["generate", "run", "--raw", "--prompt", "xyz", "-n", "3", "--load-state", "s.safetensors"], dir)
+            .ends_with('\n')
+    );
+
+    let mut chat = liger();
+    chat.args(["chat", "run", "-n", "8"]).current_dir(dir).write_stdin("Hi\nAnd you?\n/reset\nAgain\n/quit\n");
+    let output = chat.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+
+    let bench = run(&["bench", "train", "--model", "base", "--lengths", "64", "--repeat", "1"], dir);
+    assert!(bench.contains("share of it"), "{bench}");
+}
+
+#[test]
+fn logits_by_prefill_and_by_decoding_agree() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/fixtures/liger-gsa");
+    let fixture = fixture.to_str().unwrap();
+    std::fs::write(dir.join("ids.json"), "[[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16]]").unwrap();
+    let logits = |mode: &str, dtype: &str| {
+        let args =
+            ["logits", fixture, "--input-ids", "ids.json", "--out", "l.safetensors", "--mode", mode, "--dtype", dtype];
+        let args = [&args[..], &["--adapter", fixture]].concat();
+        run(&args, dir);
+        let bytes = std::fs::read(dir.join("l.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let view = tensors.tensor("logits").unwrap();
+        assert_eq!(view.shape(), [2, 8, 97]);
+        view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<_>>()
+    };
+    let exact = logits("prefill", "f32");
+    for (mode, dtype, tolerance) in [("decode", "f32", 1e-4), ("prefill", "bf16", 3e-2)] {
+        let found = logits(mode, dtype);
+        let norm = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let difference: Vec<f32> = found.iter().zip(&exact).map(|(a, b)| a - b).collect();
+        let ratio = norm(&difference) / norm(&exact);
+        assert!(ratio < tolerance, "{mode} {dtype}: {ratio:.1e}");
+    }
+}
+
+#[test]
+fn the_authors_format_is_written_and_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    write_model(&dir.join("base"));
+    run(&["convert", "base", "--window", "65", "--out", "form"], dir);
+    run(&["export", "form", "--format", "authors", "--out", "authors"], dir);
+    let config: Value =
+        serde_json::from_str(&std::fs::read_to_string(dir.join("authors/config.json")).unwrap()).unwrap();
+    assert_eq!((config["model_type"].as_str(), config.get("liger")), (Some("liger_gla"), None));
+    let text = |model: &str| run(&["generate", model, "--prompt", "Hi", "-n", "10", "--json"], dir);
+    let tokens = |text: String| serde_json::from_str::<Value>(&text).unwrap()["tokens"].clone();
+    assert_eq!(tokens(text("authors")), tokens(text("form")));
+    run(&["convert", "base", "--out", "other"], dir);
+    let mut export = liger();
+    export.args(["export", "other", "--format", "authors", "--out", "x"]).current_dir(dir);
+    let (error, code) = failure(&mut export, dir);
+    assert_eq!(code, Some(2));
+    assert!(error.contains("the authors' format cannot express"), "{error}");
+    assert!(!dir.join("x").exists(), "nothing half-written");
+}
+
+/// Ctrl-C saves and exits with 130; `--resume` ends with the very adapter of an unbroken run.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_goes_on() {
+    use std::io::{BufRead, BufReader};
+    use std::process::{Command, Stdio};
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    write_model(&dir.join("base"));
+    write_recipe(&dir.join("r.toml"), 400);
+    let text: String =
+        (0..40).map(|i| format!("{{\"text\": \"{}\"}}\n", "the quick brown fox ".repeat(3 + i % 5))).collect();
+    std::fs::write(dir.join("d.jsonl"), text).unwrap();
+    let args =
+        ["linearize", "base", "--recipe", "r.toml", "--data", "d.jsonl", "--eval-pieces", "1", "--device", "cpu"];
+    let mut child = Command::new(assert_cmd::cargo::cargo_bin("liger"))
+        .args([&args[..], &["--out", "cut"]].concat())
+        .current_dir(dir)
+        .env("RAYON_NUM_THREADS", "2")
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let metrics = dir.join("cut/metrics.jsonl");
+    for _ in 0..600 {
+        if std::fs::read_to_string(&metrics).is_ok_and(|text| text.lines().count() >= 3) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let lines: Vec<String> = BufReader::new(child.stderr.take().unwrap()).lines().map(|l| l.unwrap()).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{lines:?}");
+    let last = lines.last().unwrap();
+    assert!(
+        last.starts_with("interrupted: step ") && last.ends_with("the same command with --resume goes on"),
+        "{last}"
+    );
+    run(&[&args[..], &["--out", "cut", "--resume"]].concat(), dir);
+    run(&[&args[..], &["--out", "whole"]].concat(), dir);
+    let adapter = |out: &str| std::fs::read(dir.join(out).join("adapter/adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter("cut"), adapter("whole"));
+}

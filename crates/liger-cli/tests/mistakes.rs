@@ -1,0 +1,218 @@
+//! What people do wrong: one clear line, exit code 2, nothing half-written.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::path::Path;
+
+use common::{failure, liger, write_model, write_recipe};
+
+fn check(dir: &Path, args: &[&str], expected: &str) {
+    let mut command = liger();
+    command.args(args).current_dir(dir);
+    let (error, code) = failure(&mut command, dir);
+    assert_eq!(code, Some(2), "{args:?}: {error}");
+    assert_eq!(error.lines().count(), 1, "{args:?}: {error}");
+    assert!(error.starts_with("error: ") && error.contains(expected), "{args:?}: {error}");
+}
+
+fn model(dir: &Path, name: &str) -> std::path::PathBuf {
+    let path = dir.join(name);
+    write_model(&path);
+    path
+}
+
+fn edit(path: &Path, from: &str, to: &str) {
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.contains(from), "{from} in {text}");
+    std::fs::write(path, text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn models_that_cannot_be_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    check(dir, &["info", "nowhere"], "nowhere: no model here; give a folder with config.json or a .gguf file");
+    std::fs::create_dir(dir.join("empty")).unwrap();
+    check(dir, &["info", "empty"], "empty: no config.json here");
+
+    let path = model(dir, "arch");
+    edit(&path.join("config.json"), "\"llama\"", "\"mamba\"");
+    check(
+        dir,
+        &["info", "arch"],
+        "arch/config.json: field `model_type`: found `mamba`, expected llama, mistral, qwen2, qwen3",
+    );
+    let path = model(dir, "rope");
+    edit(&path.join("config.json"), "\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"longrope\"},\"rope_theta\"");
+    check(
+        dir,
+        &["info", "rope"],
+        "field `rope_scaling.rope_type`: found `longrope`, expected default, linear, llama3 or yarn",
+    );
+    let path = model(dir, "liger");
+    edit(
+        &path.join("config.json"),
+        "\"rope_theta\"",
+        "\"liger\":{\"structure\":\"gla\",\"window\":8,\"sink\":4},\"rope_theta\"",
+    );
+    check(dir, &["info", "liger"], "field `liger.sink`: found an unknown key, expected one of structure, window");
+    let path = model(dir, "nojson");
+    std::fs::write(path.join("config.json"), "{").unwrap();
+    check(dir, &["info", "nojson"], "nojson/config.json: not JSON: EOF");
+
+    let path = model(dir, "cut");
+    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    std::fs::write(path.join("model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
+    check(
+        dir,
+        &["info", "cut"],
+        "ends behind the end of the file: the file is cut short or damaged; download it again",
+    );
+    std::fs::remove_file(path.join("model.safetensors")).unwrap();
+    check(dir, &["info", "cut"], "cut: no model.safetensors or model.safetensors.index.json here");
+    let index = "{\"weight_map\": {\"model.norm.weight\": \"model-00001-of-00002.safetensors\"}}";
+    std::fs::write(path.join("model.safetensors.index.json"), index).unwrap();
+    check(dir, &["info", "cut"], "model-00001-of-00002.safetensors: no file here; download it again");
+    std::fs::write(path.join("model.safetensors.index.json"), index.replace("model-", "../model-")).unwrap();
+    check(dir, &["info", "cut"], "field `weight_map`: found `../model-00001-of-00002.safetensors`");
+
+    let path = model(dir, "shape");
+    edit(&path.join("config.json"), "\"intermediate_size\":64", "\"intermediate_size\":96");
+    check(
+        dir,
+        &["generate", "shape", "-p", "x"],
+        "tensor `model.layers.0.mlp.gate_proj.weight` has shape [64, 32], config.json says [96, 32]",
+    );
+    let path = model(dir, "dtype");
+    let mut bytes = std::fs::read(path.join("model.safetensors")).unwrap();
+    let header = bytes.windows(5).position(|w| w == b"\"F32\"").unwrap();
+    bytes[header + 1..header + 4].copy_from_slice(b"I32");
+    std::fs::write(path.join("model.safetensors"), &bytes).unwrap();
+    check(dir, &["generate", "dtype", "-p", "x"], "has dtype I32, expected F32, F16 or BF16");
+    let path = model(dir, "notok");
+    std::fs::remove_file(path.join("tokenizer.json")).unwrap();
+    check(
+        dir,
+        &["generate", "notok", "-p", "x"],
+        "notok: no tokenizer.json here; save the model with a fast tokenizer",
+    );
+}
+
+#[test]
+fn damaged_gguf_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let write = |name: &str, bytes: &[u8]| std::fs::write(dir.join(name), bytes).unwrap();
+    write("a.gguf", b"hello");
+    check(dir, &["info", "a.gguf"], "a.gguf: not a GGUF file");
+    let head = |tensors: u64, pairs: u64| {
+        [&b"GGUF"[..], &3u32.to_le_bytes(), &tensors.to_le_bytes(), &pairs.to_le_bytes()].concat()
+    };
+    write("b.gguf", &head(u64::MAX, 0));
+    check(dir, &["info", "b.gguf"], "18446744073709551615 tensors do not fit in the file");
+    write("c.gguf", &head(0, 1)[..20]);
+    check(dir, &["info", "c.gguf"], "the file is cut short or damaged");
+    let long_key = [&head(0, 1)[..], &u64::MAX.to_le_bytes(), &[0; 64]].concat();
+    write("d.gguf", &long_key);
+    check(dir, &["info", "d.gguf"], "bytes wanted");
+    write("e.gguf", &head(0, 0));
+    check(dir, &["info", "e.gguf"], "field `general.architecture`: found `nothing`, expected llama, qwen2 or qwen3");
+}
+
+#[test]
+fn data_and_settings() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    model(dir, "base");
+    write_recipe(&dir.join("r.toml"), 2);
+    let linearize = |more: &[&str], expected: &str| {
+        let args = [&["linearize", "base", "--recipe", "r.toml"], more].concat();
+        check(dir, &args, expected);
+    };
+    std::fs::write(dir.join("bad.jsonl"), "{\"text\": \"a\"}\n{oops\n").unwrap();
+    linearize(&["--data", "bad.jsonl", "--out", "o1"], "bad.jsonl: line 2: not JSON");
+    std::fs::write(dir.join("blank.jsonl"), "{\"text\": \"a\"}\n\n{\"text\": \"a\"}\n").unwrap();
+    linearize(&["--data", "blank.jsonl", "--out", "o2"], "blank.jsonl: line 2: an empty line; expected a JSON object");
+    std::fs::write(dir.join("none.jsonl"), "{\"instruction\": \"a\"}\n").unwrap();
+    linearize(
+        &["--data", "none.jsonl", "--out", "o3"],
+        "no record can be used; line 1: an instruction without `output`",
+    );
+    linearize(&["--data", "missing.jsonl", "--out", "o4"], "missing.jsonl: cannot read");
+    linearize(&["--data", "r.toml", "--out", "o5"], "r.toml: unknown kind of file");
+    linearize(&["--structure", "lstm", "--out", "o6"], "recipe: `liger.structure`: found `lstm`, expected gla, hgrn2");
+    linearize(&["--device", "cuda", "--out", "o7"], "--device cuda: this build runs on the CPU only; use --device cpu");
+    check(
+        dir,
+        &["linearize", "base", "--recipe", "papr"],
+        "papr: no such recipe; give a TOML file or one of default, paper, quickstart",
+    );
+    edit(&dir.join("r.toml"), "rank = 2", "rank = 2\nrnak = 3");
+    check(dir, &["linearize", "base", "--recipe", "r.toml"], "r.toml: line 8: unknown field `rnak`");
+
+    std::fs::create_dir(dir.join("full")).unwrap();
+    std::fs::write(dir.join("full/precious.txt"), "mine").unwrap();
+    check(dir, &["convert", "base", "--out", "full"], "full: the folder is not empty; give another one, or --force");
+    assert_eq!(std::fs::read_dir(dir.join("full")).unwrap().count(), 1);
+    check(dir, &["generate", "base", "-p", "x", "--top-p", "2"], "--top-p: found 2, expected above 0 and at most 1");
+    check(dir, &["generate", "base", "-p", "", "--raw"], "--prompt: it is empty");
+    check(dir, &["bench", "decode", "--shape", "gpt-9"], "--shape: found `gpt-9`, expected one of tiny, smollm2-135m");
+}
+
+#[test]
+fn tokens_adapters_and_contexts() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let base = model(dir, "base");
+    std::fs::write(dir.join("ids.json"), "[[1, 2, 999]]").unwrap();
+    let logits = ["logits", "base", "--input-ids", "ids.json", "--out", "l.safetensors"];
+    check(dir, &logits, "token id 999 is out of range: the model has 260 tokens");
+    assert!(!dir.join("l.safetensors").exists());
+    std::fs::write(dir.join("ids.json"), "[[1, 2], [3]]").unwrap();
+    check(dir, &logits, "ids.json: expected at least one list, all of one length above 0");
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/fixtures/liger-gla");
+    check(
+        dir,
+        &["generate", "base", "-p", "x", "--adapter", fixture.to_str().unwrap()],
+        "an adapter for another model",
+    );
+    check(dir, &["generate", "base", "-p", "x", "--adapter", "base"], "base: no adapter_config.json here");
+
+    // A teacher past its context is refused; its Liger form goes on.
+    edit(&base.join("config.json"), "4096", "64");
+    let long = "x".repeat(100);
+    check(dir, &["generate", "base", "--raw", "-p", &long], "100 tokens are more than this model's context of 64");
+    let ok =
+        |args: &[&str]| assert!(liger().args(args).current_dir(dir).output().unwrap().status.success(), "{args:?}");
+    ok(&["convert", "base", "--window", "8", "--out", "form"]);
+    ok(&["generate", "form", "--raw", "-p", &long, "-n", "40"]);
+    check(dir, &["convert", "form", "--out", "again"], "form: already a Liger model");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_said_and_leaves_the_old_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    model(dir, "base");
+    // Every write to this file fails as a full disk does.
+    let args = ["logits", "base", "--input-ids", "ids.json", "--out", "/dev/full/l.safetensors"];
+    std::fs::write(dir.join("ids.json"), "[[1, 2]]").unwrap();
+    let mut command = liger();
+    command.args(args).current_dir(dir);
+    let (error, code) = failure(&mut command, dir);
+    assert_eq!(code, Some(2));
+    assert!(error.contains("cannot write"), "{error}");
+    // A limit on the size of files stands for a disk that fills up halfway.
+    let script = format!(
+        "ulimit -f 40; trap '' XFSZ; exec {} convert base --out form",
+        assert_cmd::cargo::cargo_bin("liger").display()
+    );
+    let output = std::process::Command::new("bash").args(["-c", &script]).current_dir(dir).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.starts_with("error: form/model.safetensors: cannot write: File too large"), "{error}");
+    assert_eq!(std::fs::read_dir(dir.join("form")).unwrap().count(), 0, "nothing half-written");
+}
