@@ -13,7 +13,7 @@ use liger_tensor::{DType, Ops};
 /// Where to run.
 #[derive(Args, Clone)]
 pub struct DeviceArgs {
-    /// auto, cpu or cuda[:N]
+    /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Element type of the weights in memory
@@ -54,7 +54,7 @@ impl DeviceArgs {
             device if device == "cuda" || device.starts_with("cuda:") => {
                 bail!("--device {device}: this build runs on the CPU only; use --device cpu")
             }
-            other => bail!("--device: found `{other}`, expected auto, cpu or cuda[:N]"),
+            other => bail!("--device: found `{other}`, expected auto, cpu, cuda or cuda:N"),
         }
     }
 }
