@@ -1,7 +1,7 @@
 //! One table of tests that every device runs: each operation against a plain float64 version, each backward against
 //! the float64 gradient, over odd sizes and log gates down to -1e4.
 //!
-//! A device's test file calls [`check_all`] and nothing else. Failing checks panic with the operation and the sizes.
+//! A device's test file calls [`check_all`] and [`check_drawn`] and nothing else. Failing checks panic with the operation and the sizes.
 
 mod attention;
 mod plain;
@@ -20,6 +20,11 @@ pub fn check_all(ops: &dyn Ops, tolerance: f64) {
     rowwise::check(&check);
     attention::check(&check);
     recurrence::check(&check);
+}
+
+/// Draws `cases` sets of sizes, gates and splits of a text for the recurrence, and checks each as [`check_all`] does.
+pub fn check_drawn(ops: &dyn Ops, tolerance: f64, cases: u32) {
+    recurrence::check_drawn(&Check { ops, tolerance }, cases);
 }
 
 pub(crate) struct Check<'a> {

@@ -2,6 +2,9 @@
 //! every gradient.
 
 use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Sequences};
+use proptest::prelude::any;
+use proptest::sample::select;
+use proptest::test_runner::{Config, TestRunner};
 
 use crate::{Check, Numbers};
 
@@ -29,8 +32,8 @@ impl Sizes {
         if self.axis == GateAxis::Key { self.dk } else { self.dv }
     }
 
-    fn inputs(self, strong: bool) -> Inputs {
-        let mut n = Numbers::new((self.t * self.dk + self.dv) as u64);
+    fn inputs(self, strong: bool, seed: u64) -> Inputs {
+        let mut n = Numbers::new(seed + (self.t * self.dk + self.dv) as u64);
         let rows = self.t * self.kv;
         Inputs {
             q: n.normal(rows * self.group * self.dk),
@@ -114,19 +117,38 @@ pub(crate) fn check(c: &Check<'_>) {
         ] {
             let sizes = Sizes { t, kv, group, dk, dv, axis };
             for strong in [false, true] {
-                one_case(c, sizes, strong);
+                one_case(c, sizes, strong, 0, &[vec![t], vec![1; t], vec![t / 2, t - t / 2], vec![t - 1, 1]]);
             }
         }
     }
 }
 
-fn one_case(c: &Check<'_>, s: Sizes, strong: bool) {
+/// Sizes, gates and splits drawn by proptest, which shrinks what fails.
+pub(crate) fn check_drawn(c: &Check<'_>, cases: u32) {
+    let lengths = select(&[1usize, 2, 63, 64, 65, 200][..]);
+    let dims = || select(&[16usize, 32, 60, 64, 128][..]);
+    let axes = select(&[GateAxis::Key, GateAxis::Value][..]);
+    let cuts = proptest::collection::vec(1usize..200, 0..5);
+    let drawn = (lengths, select(&[1usize, 3, 4][..]), dims(), dims(), axes, any::<bool>(), 0..1000u64, cuts);
+    let config = Config { cases, failure_persistence: None, ..Config::default() };
+    let result = TestRunner::new(config).run(&drawn, |(t, group, dk, dv, axis, strong, seed, mut cuts)| {
+        cuts.retain(|&cut| cut < t);
+        cuts.extend([0, t]);
+        cuts.sort_unstable();
+        let pieces = cuts.windows(2).map(|w| w[1] - w[0]).collect();
+        one_case(c, Sizes { t, kv: 1, group, dk, dv, axis }, strong, seed, &[pieces]);
+        Ok(())
+    });
+    result.unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// The text goes through in each of the `splits`.
+fn one_case(c: &Check<'_>, s: Sizes, strong: bool, seed: u64, splits: &[Vec<usize>]) {
     let what = format!("recurrence {s:?}, strong gates {strong}");
-    let x = s.inputs(strong);
+    let x = s.inputs(strong, seed);
     let (expected, states) = s.forward(&x);
     let heads = s.kv * s.group;
-    let splits = [vec![s.t], vec![1; s.t], vec![s.t / 2, s.t - s.t / 2], vec![s.t - 1, 1]];
-    for pieces in &splits {
+    for pieces in splits {
         // Two slots; the text goes through the second.
         let initial: Vec<f64> = std::iter::repeat_n(0.0, x.state.len()).chain(x.state.iter().copied()).collect();
         let mut state = c.tensor(&initial, &[2, s.kv, s.dk, s.dv]);
