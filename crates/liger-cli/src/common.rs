@@ -68,7 +68,7 @@ pub struct Loaded {
 
 impl Loaded {
     pub fn open(model: &Path, adapter: Option<&Path>, device: &DeviceArgs) -> Result<Self> {
-        let checkpoint = Checkpoint::open(model)?;
+        let checkpoint = crate::hub::open(model)?;
         Self::load(checkpoint, adapter, device)
     }
 

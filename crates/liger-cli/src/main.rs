@@ -1,6 +1,7 @@
 //! The program `liger`. One file a verb in `verbs/`; the work is done by the other crates.
 
 mod common;
+mod hub;
 mod interrupt;
 mod progress;
 mod verbs;

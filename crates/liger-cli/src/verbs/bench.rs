@@ -6,8 +6,8 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 use liger_eval::{Table, step_cost};
 use liger_model::{
-    Adapter, Checkpoint, Decoder, Generator, LigerConfig, LoraConfig, ModelConfig, RandomWeights, SHAPES, Structure,
-    Target, Weights,
+    Adapter, Decoder, Generator, LigerConfig, LoraConfig, ModelConfig, RandomWeights, SHAPES, Structure, Target,
+    Weights,
 };
 use liger_tensor::{DType, Gemm, Ops, Sequences};
 use serde_json::json;
@@ -53,7 +53,7 @@ enum What {
 pub fn run(args: &Args) -> Result<()> {
     let ops = args.device.open()?;
     let base = match &args.model {
-        Some(path) => Checkpoint::open(path)?.load(ops.clone(), args.device.dtype.into())?,
+        Some(path) => crate::hub::open(path)?.load(ops.clone(), args.device.dtype.into())?,
         None => {
             if !SHAPES.contains(&args.shape.as_str()) {
                 bail!("--shape: found `{}`, expected one of {}", args.shape, SHAPES.join(", "));

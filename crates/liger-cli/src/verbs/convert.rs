@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use liger_model::checkpoint::{SaveFormat, save_model};
-use liger_model::{Checkpoint, LigerConfig, Structure};
+use liger_model::{LigerConfig, Structure};
 use liger_tensor::DType;
 
 use crate::common::{DeviceArgs, OutArgs, Precision, print};
@@ -69,7 +69,7 @@ impl FormArgs {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = crate::hub::open(&args.model)?;
     if checkpoint.config.liger.is_some() {
         bail!("{}: already a Liger model", args.model.display());
     }

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use liger_eval::Table;
-use liger_model::{Checkpoint, LigerConfig, ModelConfig};
+use liger_model::{LigerConfig, ModelConfig};
 use serde_json::json;
 
 use crate::common::{mebibytes, print};
@@ -45,7 +45,7 @@ fn recurrent_elements(config: &ModelConfig, liger: &LigerConfig) -> usize {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = crate::hub::open(&args.model)?;
     let config = &checkpoint.config;
     let parameters = config.parameter_count();
     let lengths = [512, 4096, 16_384, 131_072];

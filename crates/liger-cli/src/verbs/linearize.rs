@@ -93,7 +93,7 @@ impl Args {
 pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     let recipe = args.recipe()?;
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let checkpoint = crate::hub::open(&args.model)?;
     if checkpoint.config.liger.is_some() {
         bail!("{}: already a Liger model; linearize its base model", args.model.display());
     }
