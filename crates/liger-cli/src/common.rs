@@ -49,12 +49,22 @@ impl DeviceArgs {
             }
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
         }
-        match self.device.as_str() {
-            "auto" | "cpu" => Ok(Arc::new(liger_cpu::Cpu::new())),
-            device if device == "cuda" || device.starts_with("cuda:") => {
-                bail!("--device {device}: this build runs on the CPU only; use --device cpu")
-            }
-            other => bail!("--device: found `{other}`, expected auto, cpu, cuda or cuda:N"),
+        let device = self.device.as_str();
+        let number = match device.strip_prefix("cuda:") {
+            Some(number) => number.parse().ok(),
+            None => matches!(device, "auto" | "cuda").then_some(0),
+        };
+        match (device, number) {
+            ("cpu", _) => Ok(Arc::new(liger_cpu::Cpu::new())),
+            (_, Some(number)) => match liger_cuda::Cuda::open(number, self.dtype.into()) {
+                Ok(gpu) => Ok(Arc::new(gpu)),
+                Err(why) if device == "auto" => {
+                    eprintln!("on the CPU; no NVIDIA GPU can be used: {why}");
+                    Ok(Arc::new(liger_cpu::Cpu::new()))
+                }
+                Err(why) => bail!("--device {device}: {why}; or use --device cpu"),
+            },
+            (other, None) => bail!("--device: found `{other}`, expected auto, cpu, cuda or cuda:N"),
         }
     }
 }

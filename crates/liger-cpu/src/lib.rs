@@ -70,14 +70,21 @@ impl Ops for Cpu {
         self
     }
 
+    fn activations(&self) -> DType {
+        DType::F32
+    }
+
     fn empty(&self, shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::pooled(shape, &self.pool))
     }
 
-    fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
-        let mut tensor = self.empty(shape)?;
-        tensor.as_f32_mut()?.fill(0.0);
-        Ok(tensor)
+    fn empty_f32(&self, shape: &[usize]) -> Result<Tensor> {
+        self.empty(shape)
+    }
+
+    fn clear(&self, x: &mut Tensor) -> Result<()> {
+        x.as_f32_mut()?.fill(0.0);
+        Ok(())
     }
 
     fn upload(&self, data: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Tensor> {

@@ -176,7 +176,7 @@ impl Decoder {
     /// If the device fails.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let head = self.output_weight();
-        let mut logits = self.ops.empty(&[hidden.dim(0), head.dim(0)])?;
+        let mut logits = self.ops.empty_f32(&[hidden.dim(0), head.dim(0)])?;
         self.ops.gemm(&mut logits, hidden, head, Gemm::LINEAR)?;
         Ok(logits)
     }

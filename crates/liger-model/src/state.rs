@@ -41,7 +41,7 @@ impl State {
                     recurrent.push(zeros(&[slots, kv, dk, dv])?);
                 }
             }
-            let cache = KeyValueCache { spec, keys: zeros(&cached)?, values: zeros(&cached)? };
+            let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)? };
             layers.push(LayerState { cache, recurrent });
         }
         Ok(Self { layers, positions: vec![0; slots] })
@@ -141,7 +141,7 @@ impl State {
             }
             let (chunks, _) = view.data().as_chunks::<4>();
             let values = chunks.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            Ok(ops.upload(values, &expected, DType::F32)?)
+            Ok(ops.upload(values, &expected, like.dtype())?)
         };
         let mut layers = Vec::with_capacity(self.layers.len());
         let longest = positions.iter().copied().max().unwrap_or(0);
@@ -174,7 +174,8 @@ impl State {
         for tensor in self.layers.iter_mut().flat_map(|layer| &mut layer.recurrent) {
             let mut shape = tensor.shape().to_vec();
             shape[0] = 1;
-            let zeros = ops.zeros(&shape)?;
+            let mut zeros = ops.empty_f32(&shape)?;
+            ops.clear(&mut zeros)?;
             ops.write_rows(tensor, &zeros, slot)?;
         }
         Ok(())
@@ -190,7 +191,8 @@ impl State {
                 let [slots, kv, _, d] = <[usize; 4]>::try_from(layer.cache.keys.shape()).unwrap_or([0; 4]);
                 let rows = tokens + 64;
                 for tensor in [&mut layer.cache.keys, &mut layer.cache.values] {
-                    *tensor = ops.upload(vec![0.01; slots * kv * rows * d], &[slots, kv, rows, d], DType::F32)?;
+                    *tensor =
+                        ops.upload(vec![0.01; slots * kv * rows * d], &[slots, kv, rows, d], ops.activations())?;
                 }
             }
         }

@@ -9,9 +9,18 @@ use std::sync::Arc;
 use liger_cpu::Cpu;
 use liger_model::checkpoint::{SafetensorsFiles, load_adapter};
 use liger_model::{Adapter, Checkpoint, Decoder, State, TensorSource};
-use liger_tensor::{DType, Sequences, Tensor};
+use liger_tensor::{DType, Ops, Sequences, Tensor};
 
-const TOLERANCE: f64 = 1e-4;
+/// The device and its tolerance: `LIGER_TEST_DEVICE` is `cpu` (or not set), `cuda` (float32) or `cuda-bf16`.
+fn device() -> (Arc<dyn Ops>, DType, f64) {
+    let gpu = |dtype| Arc::new(liger_cuda::Cuda::open(0, dtype).unwrap_or_else(|e| panic!("{e}")));
+    match std::env::var("LIGER_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => (Arc::new(Cpu::new()), DType::F32, 1e-4),
+        Ok("cuda") => (gpu(DType::F32), DType::F32, 1e-4),
+        Ok("cuda-bf16") => (gpu(DType::Bf16), DType::Bf16, 2e-2),
+        Ok(other) => panic!("LIGER_TEST_DEVICE: found `{other}`, expected cpu, cuda or cuda-bf16"),
+    }
+}
 
 fn cases() -> Vec<PathBuf> {
     let folder = match std::env::var_os("LIGER_GOLDEN_DIR") {
@@ -35,6 +44,7 @@ struct Case {
     labels: Vec<i64>,
     batch: usize,
     len: usize,
+    tolerance: f64,
 }
 
 impl Case {
@@ -42,12 +52,23 @@ impl Case {
         let path = folder.join("expected.safetensors");
         let expected = SafetensorsFiles::open_files(folder, vec![path]).unwrap();
         let checkpoint = Checkpoint::open_without_tokenizer(folder).unwrap();
-        let decoder = checkpoint.load(Arc::new(Cpu::new()), DType::F32).unwrap();
+        let (ops, dtype, tolerance) = device();
+        let decoder = checkpoint.load(ops, dtype).unwrap();
         let ids = expected.read_i64("input_ids").unwrap().iter().map(|&id| id as u32).collect();
         let labels = expected.read_i64("labels").unwrap();
         let shape = expected.shape("input_ids").unwrap();
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        Self { name, folder: folder.to_owned(), expected, decoder, ids, labels, batch: shape[0], len: shape[1] }
+        Self {
+            name,
+            folder: folder.to_owned(),
+            expected,
+            decoder,
+            ids,
+            labels,
+            batch: shape[0],
+            len: shape[1],
+            tolerance,
+        }
     }
 
     fn sequences(&self) -> Sequences {
@@ -59,7 +80,7 @@ impl Case {
     }
 
     /// Compares with a tensor of the fixture by the norm of the difference.
-    fn check(&self, name: &str, found: &[f32], tolerance: f64) {
+    fn check(&self, name: &str, found: &[f32]) {
         let expected = self.expected.read(name).unwrap();
         assert_eq!(found.len(), expected.len(), "{}: {name}", self.name);
         let square = |x: f64| x * x;
@@ -67,7 +88,7 @@ impl Case {
         let difference: f64 =
             found.iter().zip(&expected).map(|(&x, &y)| square(f64::from(x) - f64::from(y))).sum::<f64>().sqrt();
         let ratio = difference / norm.max(1e-30);
-        assert!(ratio <= tolerance, "{}: {name}: relative error {ratio:.2e}", self.name);
+        assert!(ratio <= self.tolerance, "{}: {name}: relative error {ratio:.2e}", self.name);
     }
 
     fn adapter(&self) -> Option<Adapter> {
@@ -119,16 +140,16 @@ fn logits_and_loss() {
         let mut look = |b| branches.push(b);
         let hidden = case.decoder.forward_with_branches(&case.ids, &case.sequences(), None, None, &mut look).unwrap();
         let mut logits = case.decoder.logits(&hidden).unwrap();
-        case.check("logits", &case.download(&logits), TOLERANCE);
+        case.check("logits", &case.download(&logits));
         for b in &branches {
-            case.check(&format!("layers.{}.window", b.layer), &case.download(&b.window), TOLERANCE);
+            case.check(&format!("layers.{}.window", b.layer), &case.download(&b.window));
             let recurrent = b.recurrent.as_ref().unwrap();
-            case.check(&format!("layers.{}.recurrent", b.layer), &case.download(recurrent), TOLERANCE);
+            case.check(&format!("layers.{}.recurrent", b.layer), &case.download(recurrent));
         }
         let next = case.next_labels();
         let losses = case.decoder.ops().cross_entropy(&mut logits, &next, None).unwrap();
         let counted = next.iter().filter(|&&l| l >= 0).count();
-        case.check("loss", &[losses.iter().sum::<f32>() / counted as f32], TOLERANCE);
+        case.check("loss", &[losses.iter().sum::<f32>() / counted as f32]);
     }
 }
 
@@ -140,18 +161,18 @@ fn decoding_equals_prefill_and_any_split() {
         let splits = [vec![1; n], vec![n], vec![n / 3, 1, n - n / 3 - 1], vec![n - 1, 1]];
         for pieces in &splits {
             let (logits, state) = case.logits_in_pieces(pieces, None);
-            case.check("logits", &logits, TOLERANCE);
+            case.check("logits", &logits);
             for layer in 0..case.decoder.config().num_layers {
                 let states = state.recurrent(layer);
                 for (i, tensor) in states.iter().enumerate() {
                     let suffix = if states.len() > 1 { format!(".{i}") } else { String::new() };
-                    case.check(&format!("layers.{layer}.state{suffix}"), &case.download(tensor), TOLERANCE);
+                    case.check(&format!("layers.{layer}.state{suffix}"), &case.download(tensor));
                 }
             }
         }
         if let Some(adapter) = case.adapter() {
             let (logits, _) = case.logits_in_pieces(&vec![1; n], Some(&adapter));
-            case.check("lora_logits", &logits, TOLERANCE);
+            case.check("lora_logits", &logits);
         }
     }
 }
@@ -167,17 +188,17 @@ fn adapter_gradients() {
         let (decoder, ops) = (&case.decoder, case.decoder.ops());
         let pass = decoder.train_forward(&case.ids, case.sequences(), &adapter, 0).unwrap();
         let mut logits = decoder.logits(&pass.hidden).unwrap();
-        case.check("lora_logits", &case.download(&logits), TOLERANCE);
+        case.check("lora_logits", &case.download(&logits));
         let next = case.next_labels();
         let scale = 1.0 / next.iter().filter(|&&l| l >= 0).count() as f32;
         let losses = ops.cross_entropy(&mut logits, &next, Some(scale)).unwrap();
-        case.check("lora_loss", &[losses.iter().sum::<f32>() * scale], TOLERANCE);
+        case.check("lora_loss", &[losses.iter().sum::<f32>() * scale]);
         let mut dhidden = ops.zeros(pass.hidden.shape()).unwrap();
         decoder.logits_backward(&mut dhidden, &logits).unwrap();
         let mut gradients = adapter.zeros_like(decoder.config(), ops).unwrap();
         decoder.train_backward(pass, &dhidden, &adapter, &mut gradients).unwrap();
         for (name, tensor) in gradients.named() {
-            case.check(&format!("grad.{name}"), &case.download(tensor), TOLERANCE);
+            case.check(&format!("grad.{name}"), &case.download(tensor));
             checked += 1;
         }
     }

@@ -21,6 +21,29 @@ pub enum Error {
         /// What it takes.
         expected: &'static str,
     },
+    /// The device has no memory for a tensor.
+    #[error(
+        "{device}: no memory for {:.2} GiB more ({:.2} of {:.2} GiB are free); use smaller batches or shorter texts",
+        *needed as f64 / 1e9, *free as f64 / 1e9, *total as f64 / 1e9
+    )]
+    OutOfMemory {
+        /// The device's name.
+        device: String,
+        /// Bytes asked for.
+        needed: usize,
+        /// Bytes free.
+        free: usize,
+        /// Bytes it has.
+        total: usize,
+    },
+    /// The device or one of its libraries failed.
+    #[error("{operation}: {message}")]
+    Device {
+        /// What was being done.
+        operation: String,
+        /// What the device says.
+        message: String,
+    },
     /// A token id is not in the embedding table.
     #[error("token id {id} is out of range: the model has {vocabulary} tokens")]
     TokenOutOfRange {

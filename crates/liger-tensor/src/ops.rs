@@ -166,7 +166,8 @@ pub struct AdamwStep {
     pub gradient_scale: f32,
 }
 
-/// The operations that a device implements. `N` counts token rows, see [`Sequences`]; `[N, ...]` tensors are float32.
+/// The operations that a device implements. `N` counts token rows, see [`Sequences`]; `[N, ...]` tensors are of the
+/// device's type of activations, but log gates, states, angles, norms, biases and adapters, which are float32.
 ///
 /// Outputs come first and are overwritten unless the text says "adds". Every method fails with
 /// [`Error::Shape`](crate::Error::Shape) or [`Error::Storage`](crate::Error::Storage) where tensors do not fit.
@@ -176,10 +177,20 @@ pub trait Ops: Send + Sync {
     /// For a device's own benchmarks and tests.
     fn as_any(&self) -> &dyn Any;
 
-    /// A float32 tensor whose elements are not set.
+    /// Element type of activations: float32, or bfloat16 on a device that computes in it.
+    fn activations(&self) -> DType;
+    /// A tensor of activations whose elements are not set.
     fn empty(&self, shape: &[usize]) -> Result<Tensor>;
-    /// A float32 tensor of zeros.
-    fn zeros(&self, shape: &[usize]) -> Result<Tensor>;
+    /// A float32 tensor whose elements are not set.
+    fn empty_f32(&self, shape: &[usize]) -> Result<Tensor>;
+    /// A tensor of activations that are zero.
+    fn zeros(&self, shape: &[usize]) -> Result<Tensor> {
+        let mut tensor = self.empty(shape)?;
+        self.clear(&mut tensor)?;
+        Ok(tensor)
+    }
+    /// Sets all elements to zero.
+    fn clear(&self, x: &mut Tensor) -> Result<()>;
     /// Copies `data` to the device and keeps it in `dtype`.
     fn upload(&self, data: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Tensor>;
     /// The elements as float32.

@@ -7,7 +7,7 @@ use half::bf16;
 use crate::{Error, Result};
 
 /// Element type of a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit float.
     F32,

@@ -1,6 +1,6 @@
 //! Softmax attention, with windows and sinks: forward in one piece, by any split through a cache, and backward.
 
-use liger_tensor::{AttentionSpec, DType, KeyValueCache, Sequences};
+use liger_tensor::{AttentionSpec, KeyValueCache, Sequences};
 
 use crate::plain::{gradient, softmax};
 use crate::{Check, Numbers};
@@ -72,8 +72,9 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
             continue;
         }
         let cache_rows = spec.window.map_or(0, |w| w + spec.sinks);
-        let empty =
-            |n: usize| c.ops.upload(vec![f32::NAN; 2 * kv * n * d], &[2, kv, n, d], DType::F32).expect("upload");
+        let empty = |n: usize| {
+            c.ops.upload(vec![f32::NAN; 2 * kv * n * d], &[2, kv, n, d], c.ops.activations()).expect("upload")
+        };
         let mut cache = KeyValueCache { spec, keys: empty(cache_rows), values: empty(cache_rows) };
         let mut done = 0;
         let mut found = Vec::new();
@@ -89,7 +90,7 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
             found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
             done += piece;
         }
-        c.close(&format!("{what} in {} pieces", pieces.len()), &c.tensor(&found, &[t, h, d]), &expected);
+        c.close(&format!("{what} in {} pieces", pieces.len()), &c.exact(&found, &[t, h, d]), &expected);
     }
 }
 

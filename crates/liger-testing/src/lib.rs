@@ -33,13 +33,25 @@ pub(crate) struct Check<'a> {
 }
 
 impl Check<'_> {
+    /// Activations.
     pub(crate) fn tensor(&self, values: &[f64], shape: &[usize]) -> Tensor {
+        let values = values.iter().map(|&x| x as f32).collect();
+        self.ops.upload(values, shape, self.ops.activations()).expect("upload")
+    }
+
+    /// What is float32 on every device: norms, gates, states, optimizer.
+    pub(crate) fn exact(&self, values: &[f64], shape: &[usize]) -> Tensor {
         let values = values.iter().map(|&x| x as f32).collect();
         self.ops.upload(values, shape, DType::F32).expect("upload")
     }
 
     /// Memory that holds NaN: an output that is not overwritten shows.
     pub(crate) fn poisoned(&self, shape: &[usize]) -> Tensor {
+        self.ops.upload(vec![f32::NAN; shape.iter().product()], shape, self.ops.activations()).expect("upload")
+    }
+
+    /// The same for what is float32 on every device.
+    pub(crate) fn poisoned_exact(&self, shape: &[usize]) -> Tensor {
         self.ops.upload(vec![f32::NAN; shape.iter().product()], shape, DType::F32).expect("upload")
     }
 

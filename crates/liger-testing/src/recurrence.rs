@@ -151,7 +151,7 @@ fn one_case(c: &Check<'_>, s: Sizes, strong: bool, seed: u64, splits: &[Vec<usiz
     for pieces in splits {
         // Two slots; the text goes through the second.
         let initial: Vec<f64> = std::iter::repeat_n(0.0, x.state.len()).chain(x.state.iter().copied()).collect();
-        let mut state = c.tensor(&initial, &[2, s.kv, s.dk, s.dv]);
+        let mut state = c.exact(&initial, &[2, s.kv, s.dk, s.dv]);
         let (mut found, mut done) = (Vec::new(), 0);
         for piece in pieces.iter().copied().filter(|&p| p > 0) {
             let part =
@@ -160,14 +160,15 @@ fn one_case(c: &Check<'_>, s: Sizes, strong: bool, seed: u64, splits: &[Vec<usiz
             sequences.push(piece, done, 1);
             let mut out = c.poisoned(&[piece, heads, s.dv]);
             let (q, k, v) = (part(&x.q, heads, s.dk), part(&x.k, s.kv, s.dk), part(&x.v, s.kv, s.dv));
-            let log_gate = part(&x.gate, s.kv, s.gate_dim());
+            let gates = &x.gate[done * s.kv * s.gate_dim()..(done + piece) * s.kv * s.gate_dim()];
+            let log_gate = c.exact(gates, &[piece, s.kv, s.gate_dim()]);
             let inputs = Recurrence { q: &q, k: &k, v: &v, log_gate: &log_gate, axis: s.axis, sequences: &sequences };
             c.ops.gated_recurrence_forward(&mut out, inputs, Some(&mut state)).expect(&what);
             found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
             done += piece;
         }
-        c.close(&format!("{what}: output in {} pieces", pieces.len()), &c.tensor(&found, &[found.len()]), &expected);
-        let mut last = c.poisoned(&[1, s.kv, s.dk, s.dv]);
+        c.close(&format!("{what}: output in {} pieces", pieces.len()), &c.exact(&found, &[found.len()]), &expected);
+        let mut last = c.poisoned_exact(&[1, s.kv, s.dk, s.dv]);
         c.ops.copy_rows(&mut last, &state, 1).expect("copy_rows");
         c.close(&format!("{what}: final state"), &last, &states[s.t]);
     }
@@ -177,11 +178,11 @@ fn one_case(c: &Check<'_>, s: Sizes, strong: bool, seed: u64, splits: &[Vec<usiz
     let expected = s.backward(&x, &states, &dout, &dfinal);
     let tensor = |x: &[f64], h: usize, d: usize| c.tensor(x, &[s.t, h, d]);
     let (q, k, v) = (tensor(&x.q, heads, s.dk), tensor(&x.k, s.kv, s.dk), tensor(&x.v, s.kv, s.dv));
-    let log_gate = tensor(&x.gate, s.kv, s.gate_dim());
+    let log_gate = c.exact(&x.gate, &[s.t, s.kv, s.gate_dim()]);
     let (mut dq, mut dk, mut dv) = (c.poisoned(q.shape()), c.poisoned(k.shape()), c.poisoned(v.shape()));
-    let mut dgate = c.poisoned(log_gate.shape());
+    let mut dgate = c.poisoned_exact(log_gate.shape());
     let shape = [1, s.kv, s.dk, s.dv];
-    let (initial, mut dstate) = (c.tensor(&x.state, &shape), c.tensor(&dfinal, &shape));
+    let (initial, mut dstate) = (c.exact(&x.state, &shape), c.exact(&dfinal, &shape));
     let sequences = Sequences::fresh([s.t]);
     let inputs = Recurrence { q: &q, k: &k, v: &v, log_gate: &log_gate, axis: s.axis, sequences: &sequences };
     let gradients =

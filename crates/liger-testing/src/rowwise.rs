@@ -62,7 +62,7 @@ fn norms_and_activations(c: &Check<'_>) {
             };
             x.chunks(d).flat_map(row).collect()
         };
-        let (xt, wt) = (c.tensor(&x, &[n, d]), c.tensor(&w, &[d]));
+        let (xt, wt) = (c.tensor(&x, &[n, d]), c.exact(&w, &[d]));
         let mut out = c.poisoned(&[n, d]);
         c.ops.rms_norm_forward(&mut out, &xt, &wt, 1e-5).expect("rms_norm_forward");
         c.close("rms_norm_forward", &out, &norm(&x));
@@ -103,7 +103,7 @@ fn rope(c: &Check<'_>) {
             x[i] * angle.cos() + sign * x[other] * angle.sin()
         })
         .collect();
-    let table = |f: fn(f64) -> f64| c.tensor(&angles.iter().map(|a| f(*a)).collect::<Vec<_>>(), &[n, d / 2]);
+    let table = |f: fn(f64) -> f64| c.exact(&angles.iter().map(|a| f(*a)).collect::<Vec<_>>(), &[n, d / 2]);
     let (cos, sin) = (table(f64::cos), table(f64::sin));
     let mut out = c.tensor(&x, &[n, heads, d]);
     c.ops.rope(&mut out, &cos, &sin, false).expect("rope");
@@ -145,7 +145,7 @@ fn features(c: &Check<'_>) {
             let q = numbers.normal(n * heads * d);
             let k: Vec<f64> = numbers.normal(n * kv * d).iter().map(|k| 2.0 * k).collect();
             let (qt, kt) = (c.tensor(&q, &q_shape), c.tensor(&k, &k_shape));
-            let (mut f, mut w, mut g) = (c.poisoned(&q_shape), c.poisoned(&k_shape), c.poisoned(&k_shape));
+            let (mut f, mut w, mut g) = (c.poisoned(&q_shape), c.poisoned(&k_shape), c.poisoned_exact(&k_shape));
             c.ops.features_forward(&mut f, &mut w, &mut g, &qt, &kt, spec).expect("features_forward");
             let what = format!("{spec:?}");
             c.close(&format!("{what}: query"), &f, &map(&q, spec.query, d));
@@ -154,7 +154,7 @@ fn features(c: &Check<'_>) {
             let (df, dw, dg) = (numbers.normal(q.len()), numbers.normal(k.len()), numbers.normal(k.len()));
             let (mut dq, mut dk) = (c.tensor(&df, &q_shape), c.tensor(&dw, &k_shape));
             c.ops
-                .features_backward(&mut dq, &mut dk, &c.tensor(&dg, &k_shape), &qt, &kt, spec)
+                .features_backward(&mut dq, &mut dk, &c.exact(&dg, &k_shape), &qt, &kt, spec)
                 .expect("features_backward");
             c.close(&format!("{what}: dq"), &dq, &gradient(&q, &df, |q| map(q, spec.query, d)));
             let both: Vec<f64> = dw.iter().chain(&dg).copied().collect();
@@ -176,13 +176,13 @@ fn slot_gates(c: &Check<'_>) {
         let writes = |k: &[f64]| -> Vec<f64> { gates(k).iter().map(|g| 1.0 - g.exp()).collect() };
         let shape = [n, kv, slots];
         let kt = c.tensor(&k, &[n, kv, d]);
-        let (mut g, mut w) = (c.poisoned(&shape), c.poisoned(&shape));
+        let (mut g, mut w) = (c.poisoned_exact(&shape), c.poisoned(&shape));
         c.ops.slot_gates_forward(&mut g, &mut w, &kt).expect("slot_gates_forward");
         c.close("slot_gates_forward gate", &g, &gates(&k));
         c.close("slot_gates_forward write", &w, &writes(&k));
         let (dg, dw, old) = (numbers.normal(n * kv * slots), numbers.normal(n * kv * slots), numbers.normal(k.len()));
         let mut dk = c.tensor(&old, &[n, kv, d]);
-        let (dgt, dwt) = (c.tensor(&dg, &shape), c.tensor(&dw, &shape));
+        let (dgt, dwt) = (c.exact(&dg, &shape), c.tensor(&dw, &shape));
         c.ops.slot_gates_backward(&mut dk, &dgt, &dwt, &kt).expect("slot_gates_backward");
         let both: Vec<f64> = dg.iter().chain(&dw).copied().collect();
         let expected = gradient(&k, &both, |k| [gates(k), writes(k)].concat());
@@ -222,7 +222,7 @@ fn losses(c: &Check<'_>) {
                     _ => c.ops.kl_divergence(&mut x, &t, &counts, scale),
                 };
                 let found: Vec<f64> = found.expect(name).iter().map(|&x| f64::from(x)).collect();
-                c.close(&format!("{name} {v}"), &c.tensor(&found, &[n]), &expected);
+                c.close(&format!("{name} {v}"), &c.exact(&found, &[n]), &expected);
                 let after = if scale.is_some() { &slope } else { &logits };
                 c.close(&format!("{name} {v}: logits after, {scale:?}"), &x, after);
             }
@@ -234,7 +234,7 @@ fn optimizer(c: &Check<'_>) {
     let n = 37;
     let mut numbers = Numbers::new(3);
     let (mut w, mut m, mut v) = (numbers.normal(n), vec![0.0; n], vec![0.0; n]);
-    let (mut wt, mut mt, mut vt) = (c.tensor(&w, &[n]), c.tensor(&m, &[n]), c.tensor(&v, &[n]));
+    let (mut wt, mut mt, mut vt) = (c.exact(&w, &[n]), c.exact(&m, &[n]), c.exact(&v, &[n]));
     for step in 1..=3u64 {
         let g = numbers.normal(n);
         let (b1, b2, lr, eps, wd, gs) = (0.9, 0.999, 1e-2, 1e-8, 0.1, 0.5);
@@ -254,7 +254,7 @@ fn optimizer(c: &Check<'_>) {
             step,
             gradient_scale: 0.5,
         };
-        let gradient = c.tensor(&g, &[n]);
+        let gradient = c.exact(&g, &[n]);
         c.ops.adamw(&mut wt, &gradient, &mut mt, &mut vt, update).expect("adamw");
         let found = c.ops.sum_of_squares(&gradient).expect("sum_of_squares");
         let expected: f64 = g.iter().map(|g| g * g).sum();
@@ -277,7 +277,7 @@ fn rows(c: &Check<'_>) {
     c.ops.write_rows(&mut large, &out, 0).expect("write_rows");
     c.close("write_rows", &large, &[&table[12..30], &table[18..]].concat());
     let bias = numbers.normal(6);
-    c.ops.add_bias(&mut large, &c.tensor(&bias, &[6])).expect("add_bias");
+    c.ops.add_bias(&mut large, &c.exact(&bias, &[6])).expect("add_bias");
     let expected: Vec<f64> =
         [&table[12..30], &table[18..]].concat().iter().enumerate().map(|(i, x)| x + bias[i % 6]).collect();
     c.close("add_bias", &large, &expected);

@@ -208,8 +208,7 @@ impl Trainer {
         let count = counted(&rows).max(1);
         let ops = self.student.ops();
         for matrix in self.gradients.matrices_mut() {
-            let zeros = ops.zeros(matrix.shape())?;
-            ops.axpby(matrix, 1.0, &zeros, 0.0)?;
+            ops.clear(matrix)?;
         }
         let models = Models { student: &self.student, teacher: &self.teacher, objective: self.recipe.train.objective };
         let seed = self.recipe.train.seed.wrapping_mul(0x9e37_79b9).wrapping_add(step << 8);

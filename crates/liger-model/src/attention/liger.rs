@@ -85,7 +85,7 @@ impl Liger {
             Form::Features(spec) => {
                 let mut query = ops.empty(x.q.shape())?;
                 let mut key = ops.empty(x.k.shape())?;
-                let mut log_gate = ops.empty(x.k.shape())?;
+                let mut log_gate = ops.empty_f32(x.k.shape())?;
                 ops.features_forward(&mut query, &mut key, &mut log_gate, x.q, x.k, spec)?;
                 let inputs = recurrence(&query, &key, x.v, &log_gate, sequences);
                 let state = recurrent_state.and_then(|states| states.first_mut());
@@ -137,7 +137,7 @@ impl Liger {
         let mut recurrent_v = ops.empty(x.v.shape())?;
         match (&activations.branch, self.structure.form()) {
             (Branch::Features { query, key, log_gate }, Form::Features(spec)) => {
-                let mut dgate = ops.empty(x.k.shape())?;
+                let mut dgate = ops.empty_f32(x.k.shape())?;
                 let gradients = RecurrenceGradients {
                     q: &mut q,
                     k: &mut k,

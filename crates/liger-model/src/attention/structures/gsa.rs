@@ -39,7 +39,7 @@ impl Slots {
         if let Some([first, second]) = states {
             (first_state, second_state) = (Some(first), Some(second));
         }
-        let mut log_gate = ops.empty(&[n, kv, slots])?;
+        let mut log_gate = ops.empty_f32(&[n, kv, slots])?;
         let mut write = ops.empty(&[n, kv, slots])?;
         ops.slot_gates_forward(&mut log_gate, &mut write, k)?;
         let mut weights = ops.empty(&[n, heads, slots])?;
@@ -62,7 +62,7 @@ impl Slots {
         let Self { log_gate, write, weights } = self;
         let mut dweights = ops.empty(weights.shape())?;
         let mut dwrite = ops.empty(write.shape())?;
-        let mut dgate = ops.empty(write.shape())?;
+        let mut dgate = ops.empty_f32(write.shape())?;
         let second = Recurrence { q: weights, k: write, v, log_gate, axis: GateAxis::Key, sequences };
         let gradients =
             RecurrenceGradients { q: &mut dweights, k: &mut dwrite, v: d.v, log_gate: &mut dgate, state: None };
@@ -70,7 +70,7 @@ impl Slots {
         ops.softmax_backward(&mut dweights, weights)?;
 
         let mut first_dwrite = ops.empty(write.shape())?;
-        let mut first_dgate = ops.empty(write.shape())?;
+        let mut first_dgate = ops.empty_f32(write.shape())?;
         let first = Recurrence { q, k, v: write, log_gate, axis: GateAxis::Value, sequences };
         let gradients =
             RecurrenceGradients { q: d.q, k: &mut *d.k, v: &mut first_dwrite, log_gate: &mut first_dgate, state: None };

@@ -1,0 +1,188 @@
+// Row-wise and element-wise operations around the matrix products.
+
+// y = a x + b y; b = 0 never reads y.
+extern "C" __global__ void axpby(act* y, const act* x, float a, float b, long long n) {
+    long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float4 v = load4(x + i);
+        v.x *= a, v.y *= a, v.z *= a, v.w *= a;
+        if (b != 0.0f) {
+            float4 old = load4(y + i);
+            v.x += b * old.x, v.y += b * old.y, v.z += b * old.z, v.w += b * old.w;
+        }
+        store4(y + i, v);
+        return;
+    }
+    for (; i < n; i++) {
+        float v = a * to_float(x[i]);
+        if (b != 0.0f) v += b * to_float(y[i]);
+        y[i] = from_float<act>(v);
+    }
+}
+
+// Between the two element types.
+extern "C" __global__ void narrow(bf16* y, const float* x, long long n) {
+    long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        store4(y + i, load4(x + i));
+        return;
+    }
+    for (; i < n; i++) y[i] = from_float<bf16>(x[i]);
+}
+
+extern "C" __global__ void widen(float* y, const bf16* x, long long n) {
+    long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        store4(y + i, load4(x + i));
+        return;
+    }
+    for (; i < n; i++) y[i] = to_float(x[i]);
+}
+
+extern "C" __global__ void add_bias(act* x, const float* bias, int width, long long n) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) x[i] = from_float<act>(to_float(x[i]) + bias[i % width]);
+}
+
+// x weight / rms(x) for `rows` rows; one warp a row (blockDim.y rows a block), or the whole block if blockDim.y is 1.
+extern "C" __global__ void rms_norm_forward(act* out, const act* x, const float* weight, float epsilon, int width,
+                                            int rows) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    x += static_cast<long long>(row) * width;
+    out += static_cast<long long>(row) * width;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float v = to_float(x[i]);
+        sum += v * v;
+    }
+    sum = blockDim.x > 32 ? block_sum(sum) : warp_sum(sum);
+    float r = rsqrtf(sum / width + epsilon);
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[i] = from_float<act>(to_float(x[i]) * r * weight[i]);
+}
+
+// With r = 1 / rms(x): dx += r w dy - x r^3 / n sum(w dy x).
+extern "C" __global__ void rms_norm_backward(act* dx, const act* x, const float* weight, float epsilon, const act* dy,
+                                             int width, int rows) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    long long at = static_cast<long long>(row) * width;
+    x += at, dx += at, dy += at;
+    float sum = 0.0f, inner = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float v = to_float(x[i]);
+        sum += v * v;
+        inner += v * weight[i] * to_float(dy[i]);
+    }
+    sum = blockDim.x > 32 ? block_sum(sum) : warp_sum(sum);
+    inner = blockDim.x > 32 ? block_sum(inner) : warp_sum(inner);
+    float r = rsqrtf(sum / width + epsilon);
+    float pull = r * r * r * inner / width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float d = r * weight[i] * to_float(dy[i]) - to_float(x[i]) * pull;
+        dx[i] = from_float<act>(to_float(dx[i]) + d);
+    }
+}
+
+// x [N, heads, D] with cos, sin [N, D/2]; one thread a pair.
+extern "C" __global__ void rope(act* x, const float* cosines, const float* sines, int heads, int dim, float sign,
+                                long long pairs) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= pairs) return;
+    int half = dim / 2;
+    int d = i % half;
+    long long head = i / half;
+    long long token = head / heads;
+    float c = cosines[token * half + d], s = sign * sines[token * half + d];
+    act* low = x + head * dim + d;
+    float a = to_float(low[0]), b = to_float(low[half]);
+    low[0] = from_float<act>(a * c - b * s);
+    low[half] = from_float<act>(b * c + a * s);
+}
+
+extern "C" __global__ void swiglu_forward(act* out, const act* gate, const act* up, long long n) {
+    long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float4 g = load4(gate + i), u = load4(up + i);
+        store4(out + i, make_float4(g.x * sigmoid(g.x) * u.x, g.y * sigmoid(g.y) * u.y, g.z * sigmoid(g.z) * u.z,
+                                    g.w * sigmoid(g.w) * u.w));
+        return;
+    }
+    for (; i < n; i++) {
+        float g = to_float(gate[i]);
+        out[i] = from_float<act>(g * sigmoid(g) * to_float(up[i]));
+    }
+}
+
+__device__ __forceinline__ void swiglu_gradient(float& g, float& u, float d) {
+    float s = sigmoid(g);
+    float dg = d * u * s * (1.0f + g * (1.0f - s));
+    u = d * g * s;
+    g = dg;
+}
+
+// Overwrites gate and up by their gradients.
+extern "C" __global__ void swiglu_backward(act* gate, act* up, const act* dout, long long n) {
+    long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float4 g = load4(gate + i), u = load4(up + i), d = load4(dout + i);
+        swiglu_gradient(g.x, u.x, d.x);
+        swiglu_gradient(g.y, u.y, d.y);
+        swiglu_gradient(g.z, u.z, d.z);
+        swiglu_gradient(g.w, u.w, d.w);
+        store4(gate + i, g);
+        store4(up + i, u);
+        return;
+    }
+    for (; i < n; i++) {
+        float g = to_float(gate[i]), u = to_float(up[i]);
+        swiglu_gradient(g, u, to_float(dout[i]));
+        gate[i] = from_float<act>(g);
+        up[i] = from_float<act>(u);
+    }
+}
+
+// Rows `ids` of a table of either type; one block a row.
+extern "C" __global__ void embedding(act* out, const void* table, int table_is_bf16, const u32* ids, int width) {
+    long long from = static_cast<long long>(ids[blockIdx.x]) * width, to = static_cast<long long>(blockIdx.x) * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float x = table_is_bf16 ? to_float(static_cast<const bf16*>(table)[from + i])
+                                : static_cast<const float*>(table)[from + i];
+        out[to + i] = from_float<act>(x);
+    }
+}
+
+// The hash of (seed, index) that decides is splitmix64, as on the CPU.
+extern "C" __global__ void dropout(act* x, u64 threshold, float keep, u64 seed, long long n) {
+    long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    u64 z = seed + (static_cast<u64>(i) + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    x[i] = (z ^ (z >> 31)) < threshold ? from_float<act>(0.0f) : from_float<act>(to_float(x[i]) * keep);
+}
+
+// One warp a row, in place.
+extern "C" __global__ void softmax_forward(act* x, int width, int rows) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    x += static_cast<long long>(row) * width;
+    float best = NEGATIVE_INFINITY, sum = 0.0f;
+    for (int i = threadIdx.x; i < width; i += 32) best = fmaxf(best, to_float(x[i]));
+    best = warp_max(best);
+    for (int i = threadIdx.x; i < width; i += 32) sum += expf(to_float(x[i]) - best);
+    float scale = 1.0f / warp_sum(sum);
+    for (int i = threadIdx.x; i < width; i += 32) x[i] = from_float<act>(expf(to_float(x[i]) - best) * scale);
+}
+
+// dx = y (dy - sum(y dy)), over dy.
+extern "C" __global__ void softmax_backward(act* dy, const act* y, int width, int rows) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    dy += static_cast<long long>(row) * width;
+    y += static_cast<long long>(row) * width;
+    float inner = 0.0f;
+    for (int i = threadIdx.x; i < width; i += 32) inner += to_float(dy[i]) * to_float(y[i]);
+    inner = warp_sum(inner);
+    for (int i = threadIdx.x; i < width; i += 32) dy[i] = from_float<act>(to_float(y[i]) * (to_float(dy[i]) - inner));
+}

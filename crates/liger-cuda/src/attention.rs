@@ -1,0 +1,273 @@
+//! Softmax attention: sizes and blocks for `kernels/attention.cu`, and the key/value cache.
+
+use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequences, Tensor};
+
+use crate::compile::Source;
+use crate::driver::{Arg, Launch};
+use crate::rowwise::same_length;
+use crate::{Cuda, pointer, tile_bytes, typed};
+
+/// Rows and keys of a block: `ROWS` and `KEYS` of the kernels.
+const ROWS: usize = 64;
+const KEYS: usize = 32;
+/// Query heads that one block of the one-token kernel takes: `STEP_HEADS`.
+const STEP_HEADS: usize = 4;
+/// Keys that a block of the one-token kernel looks at before the text is split over several.
+const KEYS_PER_SPLIT: usize = 512;
+/// Largest head: `STEP_DIMS` times a warp.
+const LARGEST_HEAD: usize = 256;
+
+/// Heads of q `[N, H, D]` and k `[N, K, D]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads {
+    pub(crate) query: usize,
+    pub(crate) kv: usize,
+    pub(crate) dim: usize,
+}
+
+impl Heads {
+    pub(crate) fn of(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Self> {
+        let heads = Self { query: q.dim(1), kv: k.dim(1), dim: q.dim(2) };
+        let grouped = heads.kv > 0 && heads.query.is_multiple_of(heads.kv) && heads.group() <= ROWS;
+        let fits = grouped && k.dim(2) == heads.dim && heads.dim <= LARGEST_HEAD;
+        if fits && q.dim(0) == k.dim(0) && q.dim(0) == sequences.rows() {
+            return Ok(heads);
+        }
+        let expected = format!(
+            "{} rows of query heads that are a multiple of {:?}'s, each of at most {LARGEST_HEAD}",
+            sequences.rows(),
+            k.shape()
+        );
+        Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
+    }
+
+    pub(crate) fn group(self) -> usize {
+        self.query / self.kv
+    }
+
+    fn padded(self) -> usize {
+        self.dim.next_multiple_of(32)
+    }
+
+    /// `AttentionSizes` of the kernels.
+    fn words(self, spec: AttentionSpec, cache_rows: usize) -> [i32; 10] {
+        let whole = [self.query, self.kv, self.group(), self.dim, self.padded()].map(|x| x as i32);
+        let window = spec.window.map_or(i32::MAX, |w| w as i32);
+        let scale = (1.0 / (self.dim as f32).sqrt()).to_bits() as i32;
+        let ring = i32::from(spec.window.is_some());
+        [whole[0], whole[1], whole[2], whole[3], whole[4], window, spec.sinks as i32, cache_rows as i32, ring, scale]
+    }
+}
+
+impl Cuda {
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn attention(
+        &self,
+        out: &mut Tensor,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        sequences: &Sequences,
+        spec: AttentionSpec,
+        mut cache: Option<&mut KeyValueCache>,
+    ) -> Result<()> {
+        let heads = Heads::of("attention_forward", q, k, sequences)?;
+        same_length("attention_forward", out, q)?;
+        same_length("attention_forward", v, k)?;
+        if let Some(cache) = cache.as_deref_mut() {
+            self.reserve(cache, sequences, heads)?;
+        }
+        match cache {
+            Some(cache) if sequences.list().iter().all(|s| s.len == 1) => {
+                self.insert(cache, k, v, sequences, heads)?;
+                self.attention_step(out, q, cache, sequences, heads)
+            }
+            Some(cache) => {
+                self.attention_blocks(out, (q, k, v), sequences, spec, Some(cache), 0)?;
+                self.insert(cache, k, v, sequences, heads)
+            }
+            None => self.attention_blocks(out, (q, k, v), sequences, spec, None, 0),
+        }
+    }
+
+    /// `lse` is where the rows' log-sum-exp goes, 0 for nowhere.
+    fn attention_blocks(
+        &self,
+        out: &Tensor,
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        sequences: &Sequences,
+        spec: AttentionSpec,
+        cache: Option<&KeyValueCache>,
+        lse: u64,
+    ) -> Result<()> {
+        const NAME: &str = "attention_forward";
+        let heads = Heads::of(NAME, q, k, sequences)?;
+        let (cached, cache_rows) = match cache {
+            Some(cache) => ([self.act(NAME, &cache.keys)?, self.act(NAME, &cache.values)?], cache.keys.dim(2)),
+            None => ([Arg::Pointer(0); 2], 0),
+        };
+        let blocks = self.batch(sequences)?.blocks(&self.gpu, ROWS / heads.group())?;
+        let words = heads.words(spec, cache_rows);
+        let padded = heads.padded();
+        let shared = tile_bytes(&[(ROWS, padded), (ROWS, padded), (KEYS, padded), (KEYS, padded), (ROWS, KEYS)]);
+        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (256, 1), shared };
+        let args = [
+            self.act(NAME, out)?,
+            Arg::Pointer(lse),
+            self.act(NAME, q)?,
+            self.act(NAME, k)?,
+            self.act(NAME, v)?,
+            cached[0],
+            cached[1],
+            Arg::Pointer(blocks.0.pointer),
+            Arg::Words(&words),
+        ];
+        self.launch((Source::Attention, NAME), launch, &args)
+    }
+
+    /// Grows a cache without a window to hold the positions to come.
+    fn reserve(&self, cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
+        let have = cache.keys.dim(2);
+        let need = match cache.spec.window {
+            Some(window) => cache.spec.sinks + window,
+            None => sequences.list().iter().map(|s| s.position + s.len).max().unwrap_or(0),
+        };
+        if need <= have {
+            return Ok(());
+        }
+        // An eighth on top keeps the copying linear over a long generation, at little unused memory.
+        let grown_rows = if cache.spec.window.is_some() { need } else { need + (need / 8).max(64) };
+        let slots = cache.keys.dim(0);
+        for tensor in [&mut cache.keys, &mut cache.values] {
+            let grown = self.tensor(&[slots, heads.kv, grown_rows, heads.dim], tensor.dtype())?;
+            self.gpu.clear(pointer("cache", &grown)?, grown.bytes())?;
+            let n = slots * heads.kv * have * heads.dim;
+            let args = [
+                Arg::Pointer(pointer("cache", &grown)?),
+                Arg::Pointer(if n > 0 { pointer("cache", tensor)? } else { 0 }),
+                Arg::Int(have as i32),
+                Arg::Int(grown_rows as i32),
+                Arg::Int(heads.dim as i32),
+                Arg::Long(n as i64),
+            ];
+            self.gpu.launch((Source::Attention, "cache_grow"), tensor.dtype(), Launch::over(n, 1), &args)?;
+            *tensor = grown;
+        }
+        Ok(())
+    }
+
+    fn insert(
+        &self,
+        cache: &mut KeyValueCache,
+        k: &Tensor,
+        v: &Tensor,
+        sequences: &Sequences,
+        heads: Heads,
+    ) -> Result<()> {
+        let batch = self.batch(sequences)?;
+        let words = heads.words(cache.spec, cache.keys.dim(2));
+        let args = [
+            self.act("cache_insert", &cache.keys)?,
+            self.act("cache_insert", &cache.values)?,
+            self.act("cache_insert", k)?,
+            self.act("cache_insert", v)?,
+            Arg::Pointer(batch.rows.pointer),
+            Arg::Words(&words),
+        ];
+        let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), shared: 0 };
+        self.launch((Source::Attention, "cache_insert"), launch, &args)
+    }
+
+    fn attention_step(
+        &self,
+        out: &Tensor,
+        q: &Tensor,
+        cache: &KeyValueCache,
+        sequences: &Sequences,
+        heads: Heads,
+    ) -> Result<()> {
+        const NAME: &str = "attention_step";
+        let rows = sequences.rows();
+        let most = match cache.spec.window {
+            Some(window) => cache.spec.sinks + window,
+            None => sequences.list().iter().map(|s| s.position + 1).max().unwrap_or(1),
+        };
+        let splits = most.div_ceil(KEYS_PER_SPLIT).min(64);
+        let per_split = most.div_ceil(splits);
+        let parts = self.gpu.allocate(rows * heads.query * splits * (heads.dim + 2) * 4)?;
+        let words = heads.words(cache.spec, cache.keys.dim(2));
+        let batch = self.batch(sequences)?;
+        let args = [
+            self.act(NAME, out)?,
+            Arg::Pointer(parts.pointer),
+            self.act(NAME, q)?,
+            self.act(NAME, &cache.keys)?,
+            self.act(NAME, &cache.values)?,
+            Arg::Pointer(batch.rows.pointer),
+            Arg::Int(per_split as i32),
+            Arg::Words(&words),
+        ];
+        let slices = heads.kv * heads.group().div_ceil(STEP_HEADS);
+        let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), shared: 0 };
+        self.launch((Source::Attention, NAME), launch, &args)?;
+        if splits == 1 {
+            return Ok(());
+        }
+        let args =
+            [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32), Arg::Int(heads.dim as i32)];
+        let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
+        self.launch((Source::Attention, "attention_merge"), launch, &args)
+    }
+
+    /// The forward runs once more for the rows' log-sum-exp; then one kernel by rows and one by keys.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn attention_gradients(
+        &self,
+        (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
+        (q, k, v): (&Tensor, &Tensor, &Tensor),
+        out: &Tensor,
+        dout: &Tensor,
+        sequences: &Sequences,
+        spec: AttentionSpec,
+    ) -> Result<()> {
+        const NAME: &str = "attention_backward";
+        let heads = Heads::of(NAME, q, k, sequences)?;
+        for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (out, q), (v, k)] {
+            same_length(NAME, a, b)?;
+        }
+        let rows = q.dim(0) * heads.query;
+        let lse = self.gpu.allocate(rows * 4)?;
+        let inner = self.gpu.allocate(rows * 4)?;
+        let again = self.tensor(q.shape(), self.activations)?;
+        self.attention_blocks(&again, (q, k, v), sequences, spec, None, lse.pointer)?;
+        let args = [
+            Arg::Pointer(inner.pointer),
+            self.act(NAME, out)?,
+            self.act(NAME, dout)?,
+            Arg::Int(heads.dim as i32),
+            Arg::Int(rows as i32),
+        ];
+        self.launch((Source::Attention, "attention_inner"), Launch::warp_rows(rows), &args)?;
+
+        let batch = self.batch(sequences)?;
+        let (words, padded) = (heads.words(spec, 0), heads.padded());
+        let inputs = [self.act(NAME, q)?, self.act(NAME, k)?, self.act(NAME, v)?, self.act(NAME, dout)?];
+        let [lse, inner] = [Arg::Pointer(lse.pointer), Arg::Pointer(inner.pointer)];
+        let run = |name: &'static str, outputs: &[Arg<'_>], block: usize, tiles: [usize; 2]| -> Result<()> {
+            let blocks = batch.blocks(&self.gpu, block)?;
+            let mut args = outputs.to_vec();
+            args.extend(inputs);
+            args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
+            let shared = tile_bytes(&[(ROWS * tiles[0] + KEYS * tiles[1], padded), (2 * ROWS, KEYS)]);
+            let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (256, 1), shared };
+            self.launch((Source::Attention, name), launch, &args)
+        };
+        run(
+            "attention_backward_rows",
+            &[Arg::Pointer(typed(NAME, dq, self.activations)?)],
+            ROWS / heads.group(),
+            [3, 2],
+        )?;
+        run("attention_backward_keys", &[self.act(NAME, dk)?, self.act(NAME, dv)?], KEYS, [2, 4])
+    }
+}

@@ -1,0 +1,155 @@
+//! Kernel sources, compiled by NVRTC for the GPU at hand and kept on disk.
+
+use std::ffi::CString;
+use std::io::Write;
+use std::path::PathBuf;
+
+use cudarc::nvrtc::{result, sys};
+use liger_tensor::DType;
+
+/// A file of kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Norms, RoPE, SwiGLU and the like.
+    Elementwise,
+    /// Feature maps and gates.
+    Features,
+    /// Softmax attention.
+    Attention,
+    /// The gated recurrence.
+    Recurrence,
+    /// Losses and the optimizer.
+    Loss,
+    /// Matrix times few rows.
+    Gemv,
+}
+
+const COMMON: &str = include_str!("../kernels/common.cuh");
+const TILE: &str = include_str!("../kernels/tile.cuh");
+
+impl Source {
+    /// Every file.
+    pub const ALL: [Self; 6] =
+        [Self::Elementwise, Self::Features, Self::Attention, Self::Recurrence, Self::Loss, Self::Gemv];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Elementwise => "elementwise.cu",
+            Self::Features => "features.cu",
+            Self::Attention => "attention.cu",
+            Self::Recurrence => "recurrence.cu",
+            Self::Loss => "loss.cu",
+            Self::Gemv => "gemv.cu",
+        }
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Self::Elementwise => include_str!("../kernels/elementwise.cu"),
+            Self::Features => include_str!("../kernels/features.cu"),
+            Self::Attention => include_str!("../kernels/attention.cu"),
+            Self::Recurrence => include_str!("../kernels/recurrence.cu"),
+            Self::Loss => include_str!("../kernels/loss.cu"),
+            Self::Gemv => include_str!("../kernels/gemv.cu"),
+        }
+    }
+
+    /// The whole program for activations of one type.
+    fn program(self, activations: DType) -> String {
+        let mut program = String::new();
+        if activations == DType::Bf16 {
+            program.push_str("#define ACT_BF16\n");
+        }
+        program.push_str(COMMON);
+        if self.text().contains("tile_product") {
+            program.push_str(TILE);
+        }
+        program + "#line 1 \"" + self.name() + "\"\n" + self.text()
+    }
+}
+
+/// Machine code and what the compiler says of it.
+pub struct Compiled {
+    /// A cubin.
+    pub code: Vec<u8>,
+    /// Registers, shared memory and spills of every kernel, as ptxas prints them.
+    pub log: String,
+}
+
+fn options(arch: &str) -> Vec<String> {
+    vec![format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--ptxas-options=-v".into()]
+}
+
+/// Compiles a file for `arch`, such as `sm_90a`; needs NVRTC, not a GPU.
+///
+/// # Errors
+/// If NVRTC cannot be found, or the compiler's messages.
+pub fn compile(source: Source, activations: DType, arch: &str) -> Result<Compiled, String> {
+    crate::libraries::open_compiler()?;
+    let failed = |what: &str| format!("{}: NVRTC: {what}", source.name());
+    let text = CString::new(source.program(activations)).map_err(|e| failed(&e.to_string()))?;
+    let name = CString::new(source.name()).map_err(|e| failed(&e.to_string()))?;
+    let program = result::create_program(&text, Some(&name)).map_err(|e| failed(&e.to_string()))?;
+    // SAFETY: the program was just made, and is destroyed once, below.
+    let outcome = unsafe { result::compile_program(program, &options(arch)) };
+    // SAFETY: as above.
+    let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
+    let log: String = log.iter().map(|&c| c as u8 as char).filter(|&c| c != '\0').collect();
+    let code = match outcome {
+        Ok(()) => cubin(program).map_err(|e| failed(&e)),
+        Err(e) => Err(format!("{}: {e}\n{log}", source.name())),
+    };
+    // SAFETY: as above; nothing uses it later.
+    let _ = unsafe { result::destroy_program(program) };
+    Ok(Compiled { code: code?, log })
+}
+
+fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, String> {
+    let mut size = 0;
+    // SAFETY: the program is compiled; NVRTC writes one size.
+    unsafe { sys::nvrtcGetCUBINSize(program, &mut size) }.result().map_err(|e| e.to_string())?;
+    let mut code = vec![0u8; size];
+    // SAFETY: the buffer has the size that NVRTC named.
+    unsafe { sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()) }.result().map_err(|e| e.to_string())?;
+    Ok(code)
+}
+
+/// The same from the cache on disk, which is filled on the way. The name of an entry is a hash of source, options and
+/// driver.
+pub(crate) fn compile_cached(source: Source, activations: DType, arch: &str, driver: i32) -> Result<Vec<u8>, String> {
+    let key = format!("{}\n{:?}\n{driver}", source.program(activations), options(arch));
+    let path =
+        cache_folder().map(|folder| folder.join(format!("{}-{:016x}.cubin", source.name(), hash(key.as_bytes()))));
+    if let Some(code) = path.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|code| !code.is_empty()) {
+        return Ok(code);
+    }
+    let code = compile(source, activations, arch)?.code;
+    if let Some(path) = path {
+        // A cache that cannot be written costs time, nothing else.
+        let _ = write_whole(&path, &code);
+    }
+    Ok(code)
+}
+
+fn cache_folder() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))?;
+    Some(base.join("liger").join("kernels"))
+}
+
+/// Under a temporary name first: another process may read at any time.
+fn write_whole(path: &std::path::Path, bytes: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let mut file = std::fs::File::create(&temporary)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)
+}
+
+/// FNV-1a.
+fn hash(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
+}

@@ -1,0 +1,324 @@
+//! One GPU through the driver: context, stream, memory that is kept for the next tensor, kernels by name.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::{DriverError, result, sys};
+use liger_tensor::{DType, DeviceMemory, Error, Result};
+
+use crate::compile::{Source, compile_cached};
+
+/// A kernel: its file and name.
+pub(crate) type Kernel = (Source, &'static str);
+
+/// An argument of a kernel.
+#[derive(Clone, Copy)]
+pub(crate) enum Arg<'a> {
+    Pointer(u64),
+    Int(i32),
+    Long(i64),
+    Float(f32),
+    /// A structure of 4-byte members.
+    Words(&'a [i32]),
+}
+
+/// Grid, block and bytes of dynamic shared memory.
+pub(crate) struct Launch {
+    pub(crate) grid: (u32, u32, u32),
+    pub(crate) block: (u32, u32),
+    pub(crate) shared: usize,
+}
+
+impl Launch {
+    /// One thread for each of `n` elements, `per_thread` at a time.
+    pub(crate) fn over(n: usize, per_thread: usize) -> Self {
+        Self { grid: (n.div_ceil(256 * per_thread) as u32, 1, 1), block: (256, 1), shared: 0 }
+    }
+
+    /// One warp for each row.
+    pub(crate) fn warp_rows(rows: usize) -> Self {
+        Self { grid: (rows.div_ceil(8) as u32, 1, 1), block: (32, 8), shared: 0 }
+    }
+}
+
+/// A GPU. Everything runs in one stream, so memory that is given back can be reused at once.
+pub(crate) struct Gpu {
+    context: sys::CUcontext,
+    pub(crate) stream: sys::CUstream,
+    pub(crate) name: String,
+    pub(crate) arch: String,
+    driver_version: i32,
+    largest_shared: usize,
+    kernels: Mutex<Kernels>,
+    pool: Mutex<Pool>,
+}
+
+#[derive(Default)]
+struct Kernels {
+    modules: HashMap<(Source, DType), Module>,
+    functions: HashMap<(Kernel, DType), Function>,
+}
+
+#[derive(Clone, Copy)]
+struct Module(sys::CUmodule);
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+#[derive(Default)]
+struct Pool {
+    free: HashMap<usize, Vec<u64>>,
+    held: usize,
+    in_use: usize,
+    peak: usize,
+}
+
+// SAFETY: handles of the driver may be used from any thread once the context is current, which `bind` sees to.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the maps are behind locks.
+unsafe impl Sync for Gpu {}
+// SAFETY: a module handle is a plain name of the driver's.
+unsafe impl Send for Module {}
+// SAFETY: as for modules.
+unsafe impl Send for Function {}
+
+/// Device memory that goes back to its GPU's pool when it is dropped.
+pub(crate) struct Block {
+    pub(crate) pointer: u64,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+impl DeviceMemory for Block {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let mut pool = self.gpu.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.in_use -= self.bytes;
+        pool.free.entry(self.bytes).or_default().push(self.pointer);
+    }
+}
+
+/// An error of the driver during `operation`.
+pub(crate) fn failed(operation: &str) -> impl Fn(DriverError) -> Error {
+    let operation = operation.to_owned();
+    move |e| {
+        let message = e.error_string().map_or_else(|_| format!("{e:?}"), |s| s.to_string_lossy().into_owned());
+        Error::Device { operation: operation.clone(), message }
+    }
+}
+
+impl Gpu {
+    /// Opens GPU number `ordinal`.
+    pub(crate) fn open(ordinal: i32) -> std::result::Result<Self, String> {
+        crate::libraries::open_all()?;
+        let text =
+            |e: DriverError| e.error_string().map_or_else(|_| format!("{e:?}"), |s| s.to_string_lossy().into_owned());
+        result::init().map_err(|e| format!("the NVIDIA driver does not start: {}", text(e)))?;
+        let count = result::device::get_count().map_err(text)?;
+        if ordinal >= count {
+            return Err(format!("GPU {ordinal} is not there; this machine has {count}"));
+        }
+        let device = result::device::get(ordinal).map_err(text)?;
+        let name = result::device::get_name(device).map_err(text)?;
+        use sys::CUdevice_attribute as Attribute;
+        // SAFETY: `device` is a valid device.
+        let attribute = |a: Attribute| unsafe { result::device::get_attribute(device, a) }.map_err(text);
+        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return Err(format!("{name} has compute capability {major}.{minor}; 8.0 (Ampere) or later is needed"));
+        }
+        let largest_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        let mut driver_version = 0;
+        // SAFETY: writes one integer.
+        unsafe { sys::cuDriverGetVersion(&mut driver_version) }.result().map_err(text)?;
+        // SAFETY: `device` is valid; the context lives until the process ends.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(text)?;
+        // SAFETY: the context was just made.
+        unsafe { result::ctx::set_current(context) }.map_err(text)?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(text)?;
+        // The machine code of Hopper's own instructions is not compatible with later chips.
+        let arch = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
+        let (kernels, pool) = Default::default();
+        Ok(Self { context, stream, name, arch, driver_version, largest_shared, kernels, pool })
+    }
+
+    /// Makes the context current on this thread.
+    pub(crate) fn bind(&self) -> Result<()> {
+        // SAFETY: the context lives as long as the process.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("use the GPU"))
+    }
+
+    /// Memory of at least `bytes`, not set.
+    pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Block> {
+        let bytes = bytes.max(1).next_multiple_of(512);
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let pointer = match pool.free.get_mut(&bytes).and_then(Vec::pop) {
+            Some(pointer) => pointer,
+            None => {
+                self.bind()?;
+                let pointer = self.fresh(&mut pool, bytes)?;
+                pool.held += bytes;
+                pointer
+            }
+        };
+        pool.in_use += bytes;
+        pool.peak = pool.peak.max(pool.in_use);
+        Ok(Block { pointer, bytes, gpu: self.clone() })
+    }
+
+    fn fresh(&self, pool: &mut Pool, bytes: usize) -> Result<u64> {
+        // SAFETY: plain allocation; freed in `trim`.
+        if let Ok(pointer) = unsafe { result::malloc_sync(bytes) } {
+            return Ok(pointer);
+        }
+        self.free_all(pool)?;
+        // SAFETY: as above.
+        unsafe { result::malloc_sync(bytes) }.map_err(|_| {
+            let (free, total) = result::mem_get_info().unwrap_or((0, 0));
+            Error::OutOfMemory { device: self.name.clone(), needed: bytes, free, total }
+        })
+    }
+
+    fn free_all(&self, pool: &mut Pool) -> Result<()> {
+        self.synchronize()?;
+        for (bytes, pointers) in std::mem::take(&mut pool.free) {
+            for pointer in pointers {
+                pool.held -= bytes;
+                // SAFETY: nobody holds the block, and the stream is idle.
+                unsafe { result::free_sync(pointer) }.map_err(failed("free memory"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives memory that no tensor holds back to the driver.
+    pub(crate) fn trim(&self) -> Result<()> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        self.free_all(&mut pool)?;
+        pool.peak = pool.in_use;
+        Ok(())
+    }
+
+    /// Most bytes that tensors held at once since the last `trim`.
+    pub(crate) fn peak_bytes(&self) -> usize {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).peak
+    }
+
+    /// Waits for all work.
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as `self`.
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("wait for the GPU"))
+    }
+
+    /// Copies host data to the start of a block.
+    pub(crate) fn write<T: Copy>(&self, block: &Block, data: &[T]) -> Result<()> {
+        self.bind()?;
+        debug_assert!(std::mem::size_of_val(data) <= block.bytes);
+        // SAFETY: the block is large enough, and pageable memory is staged before the call returns.
+        unsafe { result::memcpy_htod_async(block.pointer, data, self.stream) }.map_err(failed("copy to the GPU"))
+    }
+
+    /// Copies the start of a block to the host.
+    pub(crate) fn read<T: Copy + Default>(&self, pointer: u64, count: usize) -> Result<Vec<T>> {
+        self.bind()?;
+        let mut data = vec![T::default(); count];
+        // SAFETY: the caller's block holds `count` elements; the copy is waited for before `data` is looked at.
+        unsafe { result::memcpy_dtoh_async(&mut data, pointer, self.stream) }.map_err(failed("copy from the GPU"))?;
+        self.synchronize()?;
+        Ok(data)
+    }
+
+    /// Copies between blocks.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: callers check the ranges against their tensors.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(failed("copy on the GPU"))
+    }
+
+    /// Sets bytes to zero.
+    pub(crate) fn clear(&self, pointer: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        // SAFETY: callers check the range against their tensors.
+        unsafe { result::memset_d8_async(pointer, 0, bytes, self.stream) }.map_err(failed("clear memory"))
+    }
+
+    fn function(&self, kernel: Kernel, activations: DType) -> Result<Function> {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&function) = kernels.functions.get(&(kernel, activations)) {
+            return Ok(function);
+        }
+        let (source, name) = kernel;
+        let trouble = |message: String| Error::Device { operation: format!("kernel {name}"), message };
+        let module = match kernels.modules.get(&(source, activations)) {
+            Some(&module) => module,
+            None => {
+                let code = compile_cached(source, activations, &self.arch, self.driver_version).map_err(trouble)?;
+                // SAFETY: `code` is a whole cubin.
+                let module =
+                    unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(failed("load kernels"))?;
+                kernels.modules.insert((source, activations), Module(module));
+                Module(module)
+            }
+        };
+        let symbol = CString::new(name).map_err(|e| trouble(e.to_string()))?;
+        // SAFETY: the module stays loaded.
+        let function = unsafe { result::module::get_function(module.0, symbol) }.map_err(failed(name))?;
+        use sys::CUfunction_attribute as Attribute;
+        // SAFETY: the function is valid; the attribute only allows more.
+        let fixed = unsafe {
+            result::function::get_function_attribute(function, Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+        };
+        let most = self.largest_shared as i32 - fixed.unwrap_or(0);
+        // SAFETY: as above.
+        unsafe {
+            result::function::set_function_attribute(
+                function,
+                Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                most,
+            )
+        }
+        .map_err(failed(name))?;
+        kernels.functions.insert((kernel, activations), Function(function));
+        Ok(Function(function))
+    }
+
+    /// Starts a kernel.
+    pub(crate) fn launch(&self, kernel: Kernel, activations: DType, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+        let Launch { grid, block, shared } = launch;
+        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        if shared > self.largest_shared {
+            let message = format!("needs {shared} bytes of shared memory, this GPU has {}", self.largest_shared);
+            return Err(Error::Device { operation: kernel.1.to_owned(), message });
+        }
+        let function = self.function(kernel, activations)?;
+        let mut pointers: Vec<*mut c_void> = args
+            .iter()
+            .map(|arg| match arg {
+                Arg::Pointer(x) => std::ptr::from_ref(x).cast_mut().cast(),
+                Arg::Int(x) => std::ptr::from_ref(x).cast_mut().cast(),
+                Arg::Long(x) => std::ptr::from_ref(x).cast_mut().cast(),
+                Arg::Float(x) => std::ptr::from_ref(x).cast_mut().cast(),
+                Arg::Words(x) => x.as_ptr().cast_mut().cast(),
+            })
+            .collect();
+        let block = (block.0, block.1, 1);
+        // SAFETY: the arguments are those of the kernel, and live until the call returns; sizes were checked by the
+        // operation that launches.
+        unsafe { result::launch_kernel(function.0, grid, block, shared as u32, self.stream, &mut pointers) }
+            .map_err(failed(kernel.1))
+    }
+}

@@ -1,0 +1,352 @@
+//! The gated recurrence: sizes and order of the kernels of `kernels/recurrence.cu`, which explains the method.
+
+use liger_tensor::{DType, Error, GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
+
+use crate::attention::Heads;
+use crate::batch::Batch;
+use crate::compile::Source;
+use crate::driver::{Arg, Block, Launch};
+use crate::rowwise::same_length;
+use crate::{Cuda, tile_bytes};
+
+/// Tokens of a step and query heads of a slice: `STEP` and `SLICE` of the kernels.
+const STEP: usize = 16;
+const SLICE: usize = 4;
+/// Largest Dk and Dv: beyond, a state does not fit a block's shared memory.
+const LARGEST_HEAD: usize = 128;
+/// Columns of the state that a block of the one-token kernel takes: `STEP_COLUMNS`.
+const STEP_COLUMNS: usize = 32;
+/// Query heads of a group that the one-token kernel keeps in registers.
+const LARGEST_GROUP: usize = 16;
+
+/// Sizes and inputs of one call.
+struct Problem<'a> {
+    inputs: Recurrence<'a>,
+    heads: Heads,
+    value_dim: usize,
+    words: [i32; 8],
+}
+
+impl<'a> Problem<'a> {
+    fn new(operation: &'static str, inputs: Recurrence<'a>) -> Result<Self> {
+        let heads = Heads::of(operation, inputs.q, inputs.k, inputs.sequences)?;
+        let value_dim = inputs.v.dim(2);
+        let gate_dim = if inputs.axis == GateAxis::Key { heads.dim } else { value_dim };
+        for (tensor, d) in [(inputs.v, value_dim), (inputs.log_gate, gate_dim)] {
+            if tensor.shape() != [inputs.sequences.rows(), heads.kv, d] || d.max(heads.dim) > LARGEST_HEAD {
+                let expected = format!("[{}, {}, {d}], of at most {LARGEST_HEAD}", inputs.sequences.rows(), heads.kv);
+                return Err(Error::Shape { operation, found: tensor.shape().to_vec(), expected });
+            }
+        }
+        let pad = |d: usize| d.next_multiple_of(32);
+        let axis = usize::from(inputs.axis == GateAxis::Value);
+        let words = [heads.query, heads.kv, heads.group(), heads.dim, value_dim, pad(heads.dim), pad(value_dim), axis];
+        Ok(Self { inputs, heads, value_dim, words: words.map(|x| x as i32) })
+    }
+
+    fn padded(&self) -> [usize; 3] {
+        let (pk, pv) = (self.heads.dim.next_multiple_of(32), self.value_dim.next_multiple_of(32));
+        [pk, pv, if self.inputs.axis == GateAxis::Key { pk } else { pv }]
+    }
+
+    fn gate_dim(&self) -> usize {
+        self.inputs.log_gate.dim(2)
+    }
+
+    fn state_len(&self) -> usize {
+        self.heads.dim * self.value_dim
+    }
+
+    fn check_state(&self, operation: &'static str, state: Option<&Tensor>) -> Result<()> {
+        let Some(state) = state else { return Ok(()) };
+        let slots = self.inputs.sequences.list().iter().map(|s| s.slot + 1).max().unwrap_or(0);
+        if state.dim(0) >= slots && state.len() == state.dim(0) * self.heads.kv * self.state_len() {
+            return Ok(());
+        }
+        let expected = format!("[at least {slots}, {}, {}, {}]", self.heads.kv, self.heads.dim, self.value_dim);
+        Err(Error::Shape { operation, found: state.shape().to_vec(), expected })
+    }
+}
+
+/// States of all chunks, and the sums of their log gates.
+struct States {
+    states: Block,
+    totals: Block,
+}
+
+/// Where a scan begins and ends: states `[., K, Dk, Dv]`, and which of them belongs to a sequence.
+#[derive(Clone, Copy)]
+struct Border {
+    states: u64,
+    index: u64,
+    write: bool,
+}
+
+impl Cuda {
+    pub(crate) fn recurrence(
+        &self,
+        out: &mut Tensor,
+        inputs: Recurrence<'_>,
+        state: Option<&mut Tensor>,
+    ) -> Result<()> {
+        const NAME: &str = "gated_recurrence_forward";
+        let p = Problem::new(NAME, inputs)?;
+        if out.len() != inputs.sequences.rows() * p.heads.query * p.value_dim {
+            let expected = format!("[{}, {}, {}]", inputs.sequences.rows(), p.heads.query, p.value_dim);
+            return Err(Error::Shape { operation: NAME, found: out.shape().to_vec(), expected });
+        }
+        p.check_state(NAME, state.as_deref())?;
+        let batch = self.batch(inputs.sequences)?;
+        if let Some(state) = &state
+            && inputs.sequences.list().iter().all(|s| s.len == 1)
+            && p.heads.group() <= LARGEST_GROUP
+        {
+            return self.recurrence_step(out, &p, state, &batch);
+        }
+        let border = match &state {
+            Some(state) => {
+                let Arg::Pointer(states) = self.f32(NAME, state)? else { return Ok(()) };
+                Some(Border { states, index: batch.slots.pointer, write: true })
+            }
+            None => None,
+        };
+        let states = self.chunk_states(&p, &batch, None)?;
+        self.scan(&p, &batch, &states, border, false)?;
+        self.chunk_rows(out, inputs.q, &p, &batch, &states, false)
+    }
+
+    fn recurrence_step(&self, out: &Tensor, p: &Problem<'_>, state: &Tensor, batch: &Batch) -> Result<()> {
+        const NAME: &str = "recurrence_step";
+        let Recurrence { q, k, v, log_gate, sequences, .. } = p.inputs;
+        let args = [
+            self.act(NAME, out)?,
+            self.act(NAME, q)?,
+            self.act(NAME, k)?,
+            self.act(NAME, v)?,
+            self.f32(NAME, log_gate)?,
+            self.f32(NAME, state)?,
+            Arg::Pointer(batch.slots.pointer),
+            Arg::Words(&p.words),
+        ];
+        let columns = p.value_dim.div_ceil(STEP_COLUMNS) as u32;
+        let launch = Launch { grid: (columns, p.heads.kv as u32, sequences.rows() as u32), block: (256, 1), shared: 0 };
+        self.launch((Source::Recurrence, NAME), launch, &args)
+    }
+
+    /// What each chunk adds to the state, or with `dout` to the state's gradient.
+    fn chunk_states(&self, p: &Problem<'_>, batch: &Batch, dout: Option<&Tensor>) -> Result<States> {
+        const NAME: &str = "chunk_states";
+        let items = batch.chunk_count * p.heads.kv;
+        let states = self.gpu.allocate(items * p.state_len() * 4)?;
+        let totals = self.gpu.allocate(items * p.gate_dim() * 4)?;
+        let (q, dout, rows) = match dout {
+            Some(dout) => (self.act(NAME, p.inputs.q)?, self.act(NAME, dout)?, STEP * SLICE),
+            None => (Arg::Pointer(0), Arg::Pointer(0), STEP),
+        };
+        let args = [
+            Arg::Pointer(states.pointer),
+            Arg::Pointer(totals.pointer),
+            self.act(NAME, p.inputs.k)?,
+            self.act(NAME, p.inputs.v)?,
+            q,
+            dout,
+            self.f32(NAME, p.inputs.log_gate)?,
+            Arg::Pointer(batch.chunks.pointer),
+            Arg::Words(&p.words),
+        ];
+        let [pk, pv, pg] = p.padded();
+        let shared = tile_bytes(&[(pk, pv), (2 * STEP, pg), (rows, pk), (rows, pv)]);
+        self.launch((Source::Recurrence, NAME), self.per_chunk(p, batch, shared), &args)?;
+        Ok(States { states, totals })
+    }
+
+    fn per_chunk(&self, p: &Problem<'_>, batch: &Batch, shared: usize) -> Launch {
+        Launch { grid: (batch.chunk_count as u32, p.heads.kv as u32, 1), block: (256, 1), shared }
+    }
+
+    fn scan(
+        &self,
+        p: &Problem<'_>,
+        batch: &Batch,
+        states: &States,
+        border: Option<Border>,
+        reverse: bool,
+    ) -> Result<()> {
+        let border = border.unwrap_or(Border { states: 0, index: 0, write: false });
+        let args = [
+            Arg::Pointer(states.states.pointer),
+            Arg::Pointer(states.totals.pointer),
+            Arg::Pointer(border.states),
+            Arg::Int(i32::from(border.write)),
+            Arg::Pointer(border.index),
+            Arg::Pointer(batch.firsts.pointer),
+            Arg::Int(i32::from(reverse)),
+            Arg::Words(&p.words),
+        ];
+        let sequences = p.inputs.sequences.list().len() as u32;
+        let grid = (p.state_len().div_ceil(256) as u32, p.heads.kv as u32, sequences);
+        self.launch((Source::Recurrence, "scan_states"), Launch { grid, block: (256, 1), shared: 0 }, &args)
+    }
+
+    /// Outputs from `x = q`, or with `gradient` dq from `x = dout`.
+    fn chunk_rows(
+        &self,
+        out: &Tensor,
+        x: &Tensor,
+        p: &Problem<'_>,
+        batch: &Batch,
+        states: &States,
+        gradient: bool,
+    ) -> Result<()> {
+        const NAME: &str = "chunk_rows";
+        let args = [
+            self.act(NAME, out)?,
+            self.act(NAME, x)?,
+            self.act(NAME, p.inputs.k)?,
+            self.act(NAME, p.inputs.v)?,
+            self.f32(NAME, p.inputs.log_gate)?,
+            Arg::Pointer(states.states.pointer),
+            Arg::Pointer(batch.chunks.pointer),
+            Arg::Int(i32::from(gradient)),
+            Arg::Words(&p.words),
+        ];
+        let [pk, pv, pg] = p.padded();
+        let rows = STEP * SLICE;
+        let shared =
+            tile_bytes(&[(pk, pv), (2 * STEP, pg), (STEP, pk), (STEP, pv), (rows, pk), (rows, pv), (rows, STEP)]);
+        self.launch((Source::Recurrence, NAME), self.per_chunk(p, batch, shared), &args)
+    }
+
+    pub(crate) fn recurrence_gradients(
+        &self,
+        gradients: RecurrenceGradients<'_>,
+        inputs: Recurrence<'_>,
+        initial: Option<&Tensor>,
+        dout: &Tensor,
+    ) -> Result<()> {
+        const NAME: &str = "gated_recurrence_backward";
+        let p = Problem::new(NAME, inputs)?;
+        p.check_state(NAME, initial)?;
+        let pairs = [(&*gradients.q, inputs.q), (&*gradients.k, inputs.k), (&*gradients.v, inputs.v)];
+        for (a, b) in pairs.into_iter().chain([(&*gradients.log_gate, inputs.log_gate)]) {
+            same_length(NAME, a, b)?;
+        }
+        let batch = self.batch(inputs.sequences)?;
+        let sequences = inputs.sequences.list();
+
+        // The states before every chunk; those after the last too, if the final ones have a gradient.
+        let states = self.chunk_states(&p, &batch, None)?;
+        let bytes = p.heads.kv * p.state_len() * 4;
+        let mut final_terms = None;
+        match &gradients.state {
+            Some(dstate) => {
+                let Arg::Pointer(dfinal) = self.f32(NAME, dstate)? else { return Ok(()) };
+                let finals = self.gpu.allocate(sequences.len() * bytes)?;
+                self.gpu.clear(finals.pointer, sequences.len() * bytes)?;
+                if let Some(initial) = initial {
+                    let Arg::Pointer(from) = self.f32(NAME, initial)? else { return Ok(()) };
+                    for (i, s) in sequences.iter().enumerate() {
+                        self.gpu.copy(finals.pointer + (i * bytes) as u64, from + (s.slot * bytes) as u64, bytes)?;
+                    }
+                }
+                let border = Border { states: finals.pointer, index: batch.order.pointer, write: true };
+                self.scan(&p, &batch, &states, Some(border), false)?;
+                let terms = self.gpu.allocate(sequences.len() * p.heads.kv * p.gate_dim() * 4)?;
+                let args = [
+                    Arg::Pointer(terms.pointer),
+                    Arg::Pointer(finals.pointer),
+                    Arg::Pointer(dfinal),
+                    Arg::Words(&p.words),
+                ];
+                let grid = (p.heads.kv as u32, sequences.len() as u32, 1);
+                let launch = Launch { grid, block: (128, 1), shared: 0 };
+                self.launch((Source::Recurrence, "final_gate_terms"), launch, &args)?;
+                final_terms = Some(terms);
+            }
+            None => {
+                let border = match initial {
+                    Some(initial) => {
+                        let Arg::Pointer(states) = self.f32(NAME, initial)? else { return Ok(()) };
+                        Some(Border { states, index: batch.slots.pointer, write: false })
+                    }
+                    None => None,
+                };
+                self.scan(&p, &batch, &states, border, false)?;
+            }
+        }
+        self.chunk_rows(gradients.q, dout, &p, &batch, &states, true)?;
+        // On the value axis the gates' gradient needs the output.
+        let out = match inputs.axis {
+            GateAxis::Key => None,
+            GateAxis::Value => {
+                let out = self.tensor(&[inputs.q.dim(0), p.heads.query, p.value_dim], self.activations)?;
+                self.chunk_rows(&out, inputs.q, &p, &batch, &states, false)?;
+                Some(out)
+            }
+        };
+        drop(states);
+
+        let dstates = self.chunk_states(&p, &batch, Some(dout))?;
+        let border = match &gradients.state {
+            Some(dstate) => {
+                let Arg::Pointer(states) = self.f32(NAME, dstate)? else { return Ok(()) };
+                Some(Border { states, index: batch.order.pointer, write: true })
+            }
+            None => None,
+        };
+        self.scan(&p, &batch, &dstates, border, true)?;
+        self.chunk_columns(&gradients, &p, &batch, &dstates, (dout, out.as_ref()), final_terms.as_ref())
+    }
+
+    fn chunk_columns(
+        &self,
+        gradients: &RecurrenceGradients<'_>,
+        p: &Problem<'_>,
+        batch: &Batch,
+        dstates: &States,
+        (dout, out): (&Tensor, Option<&Tensor>),
+        final_terms: Option<&Block>,
+    ) -> Result<()> {
+        const NAME: &str = "chunk_columns";
+        let sums = self.gpu.allocate(batch.chunk_count * p.heads.kv * p.gate_dim() * 4)?;
+        let gate = typed_gate(gradients.log_gate)?;
+        let Recurrence { q, k, v, log_gate, .. } = p.inputs;
+        let args = [
+            self.act(NAME, gradients.k)?,
+            self.act(NAME, gradients.v)?,
+            self.f32(NAME, gate)?,
+            Arg::Pointer(sums.pointer),
+            self.act(NAME, q)?,
+            self.act(NAME, k)?,
+            self.act(NAME, v)?,
+            self.act(NAME, dout)?,
+            self.act(NAME, out.unwrap_or(gradients.q))?,
+            self.f32(NAME, log_gate)?,
+            Arg::Pointer(dstates.states.pointer),
+            Arg::Pointer(batch.chunks.pointer),
+            Arg::Words(&p.words),
+        ];
+        let [pk, pv, pg] = p.padded();
+        let rows = STEP * SLICE;
+        let tiles = [(pk, pv), (3 * STEP, pg), (2 * STEP + rows, pk), (2 * STEP + rows, pv), (2 * rows, STEP)];
+        self.launch((Source::Recurrence, NAME), self.per_chunk(p, batch, tile_bytes(&tiles)), &args)?;
+        let args = [
+            self.f32(NAME, gate)?,
+            self.f32(NAME, log_gate)?,
+            Arg::Pointer(sums.pointer),
+            Arg::Pointer(final_terms.map_or(0, |terms| terms.pointer)),
+            Arg::Pointer(batch.chunks.pointer),
+            Arg::Words(&p.words),
+        ];
+        let launch = Launch { block: (128, 1), ..self.per_chunk(p, batch, 0) };
+        self.launch((Source::Recurrence, "finish_gates"), launch, &args)
+    }
+}
+
+/// The gates' gradient is float32 whatever the activations are.
+fn typed_gate(gate: &Tensor) -> Result<&Tensor> {
+    if gate.dtype() == DType::F32 {
+        return Ok(gate);
+    }
+    Err(Error::Storage { operation: "gated_recurrence_backward", found: "bfloat16", expected: "float32 gates" })
+}
