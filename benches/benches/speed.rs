@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use liger_model::{Adapter, Generator, LoraConfig, Target};
+use liger_model::{Adapter, Generator, LoraConfig, Recompute, Target};
 use liger_tensor::{DType, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences};
 
 const TOKENS: usize = 1024;
@@ -62,7 +62,8 @@ fn model(c: &mut Criterion) {
     group.throughput(Throughput::Elements(ids.len() as u64));
     group.bench_function("training step of 256 tokens, without the output layer", |b| {
         b.iter(|| {
-            let pass = decoder.train_forward(&ids, Sequences::fresh([ids.len()]), &adapter, 0).unwrap();
+            let pass =
+                decoder.train_forward(&ids, Sequences::fresh([ids.len()]), &adapter, 0, Recompute::Layer).unwrap();
             let dhidden = ops.zeros(pass.hidden.shape()).unwrap();
             decoder.train_backward(pass, &dhidden, &adapter, &mut gradients).unwrap();
         });

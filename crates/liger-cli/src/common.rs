@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use liger_model::checkpoint::load_adapter;
-use liger_model::{Adapter, Checkpoint, Decoder, Sampling};
+use liger_model::{Adapter, Checkpoint, Decoder, Recompute, Sampling};
 use liger_tensor::{DType, Ops};
 
 /// Where to run.
@@ -65,6 +65,28 @@ impl DeviceArgs {
                 Err(why) => bail!("--device {device}: {why}; or use --device cpu"),
             },
             (other, None) => bail!("--device: found `{other}`, expected auto, cpu, cuda or cuda:N"),
+        }
+    }
+}
+
+/// What of a training step's forward is kept.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum RecomputeArg {
+    /// Everything if it fits.
+    Auto,
+    /// Everything.
+    None,
+    /// Layer inputs.
+    Layer,
+}
+
+impl RecomputeArg {
+    /// For `tokens` tokens at once.
+    pub fn choose(self, decoder: &Decoder, tokens: usize) -> Recompute {
+        match self {
+            Self::Auto => decoder.choose_recompute(tokens),
+            Self::None => Recompute::None,
+            Self::Layer => Recompute::Layer,
         }
     }
 }

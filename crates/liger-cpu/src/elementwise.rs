@@ -175,17 +175,26 @@ pub(crate) fn embedding(out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result
     Ok(())
 }
 
+/// splitmix64 of element `index` of the stream `seed`.
+fn splitmix(seed: u64, index: u64) -> u64 {
+    let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// From -1 to 1.
+pub(crate) fn uniform(seed: u64, index: u64) -> f32 {
+    (splitmix(seed, index) >> 40) as f32 * (2.0 / (1u64 << 24) as f32) - 1.0
+}
+
 /// A hash of (seed, index) decides each element, so that the mask needs no memory and can be made again.
 pub(crate) fn dropout(x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
     let threshold = (f64::from(p) * u64::MAX as f64) as u64;
     let keep = 1.0 / (1.0 - p);
     for_rows(x.as_f32_mut()?, 1, |start, x| {
         for (i, x) in x.iter_mut().enumerate() {
-            // splitmix64
-            let mut z = seed.wrapping_add(((start + i) as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            *x = if (z ^ (z >> 31)) < threshold { 0.0 } else { *x * keep };
+            *x = if splitmix(seed, (start + i) as u64) < threshold { 0.0 } else { *x * keep };
         }
     });
     Ok(())

@@ -125,6 +125,12 @@ impl Ops for Cpu {
         self.pool.trim();
     }
 
+    fn random(&self, shape: &[usize], bound: f32, seed: u64, dtype: DType) -> Result<Tensor> {
+        let count: usize = shape.iter().product();
+        let data = (0..count as u64).map(|i| bound * elementwise::uniform(seed, i)).collect();
+        self.upload(data, shape, dtype)
+    }
+
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
         gemm::gemm(c, a, b, how)
     }
@@ -253,6 +259,10 @@ impl Ops for Cpu {
         recurrence::backward(gradients, inputs, initial, dout)
     }
 
+    fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
+        loss::argmax(logits)
+    }
+
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
         loss::cross_entropy(logits, labels, gradient_scale)
     }
@@ -267,8 +277,8 @@ impl Ops for Cpu {
         loss::kl_divergence(student, teacher, count, gradient_scale)
     }
 
-    fn sum_of_squares(&self, x: &Tensor) -> Result<f64> {
-        loss::sum_of_squares(x)
+    fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64> {
+        loss::sum_of_squares(tensors)
     }
 
     fn adamw(

@@ -14,6 +14,12 @@ fn check_rows(operation: &'static str, logits: &Tensor, rows: usize) -> Result<u
     Err(Error::Shape { operation, found: logits.shape().to_vec(), expected: format!("{rows} rows") })
 }
 
+pub(crate) fn argmax(logits: &Tensor) -> Result<Vec<u32>> {
+    let vocabulary = logits.shape().last().copied().unwrap_or(1).max(1);
+    let best = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0) as u32;
+    Ok(logits.as_f32()?.chunks_exact(vocabulary).map(best).collect())
+}
+
 pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
     let vocabulary = check_rows("cross_entropy", logits, labels.len())?;
     if let Some(&id) = labels.iter().find(|&&id| id >= vocabulary as i64) {
@@ -90,8 +96,12 @@ pub(crate) fn kl_divergence(
     Ok(losses)
 }
 
-pub(crate) fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    Ok(x.as_f32()?.chunks(1024).map(|c| f64::from(c.iter().map(|x| x * x).sum::<f32>())).sum())
+pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<f64> {
+    let mut sum = 0.0;
+    for x in tensors {
+        sum += x.as_f32()?.chunks(1024).map(|c| f64::from(c.iter().map(|x| x * x).sum::<f32>())).sum::<f64>();
+    }
+    Ok(sum)
 }
 
 pub(crate) fn adamw(

@@ -152,14 +152,27 @@ extern "C" __global__ void embedding(act* out, const void* table, int table_is_b
     }
 }
 
-// The hash of (seed, index) that decides is splitmix64, as on the CPU.
+// splitmix64 of element i of the stream `seed`, as on the CPU.
+__device__ __forceinline__ u64 splitmix(u64 seed, u64 i) {
+    u64 z = seed + (i + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+// Numbers drawn evenly from -bound to bound.
+extern "C" __global__ void uniform(act* x, float bound, u64 seed, long long n) {
+    long long step = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) {
+        float unit = static_cast<float>(splitmix(seed, i) >> 40) * (2.0f / (1 << 24)) - 1.0f;
+        x[i] = from_float<act>(bound * unit);
+    }
+}
+
 extern "C" __global__ void dropout(act* x, u64 threshold, float keep, u64 seed, long long n) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    u64 z = seed + (static_cast<u64>(i) + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    x[i] = (z ^ (z >> 31)) < threshold ? from_float<act>(0.0f) : from_float<act>(to_float(x[i]) * keep);
+    x[i] = splitmix(seed, i) < threshold ? from_float<act>(0.0f) : from_float<act>(to_float(x[i]) * keep);
 }
 
 // One warp a row, in place.

@@ -53,7 +53,18 @@ pub(crate) struct Gpu {
     largest_shared: usize,
     kernels: Mutex<Kernels>,
     pool: Mutex<Pool>,
+    profile: Mutex<Option<Vec<Span>>>,
 }
+
+/// Work between two events.
+struct Span {
+    name: String,
+    start: sys::CUevent,
+    end: sys::CUevent,
+}
+
+// SAFETY: an event handle is a plain name of the driver's.
+unsafe impl Send for Span {}
 
 #[derive(Default)]
 struct Kernels {
@@ -148,8 +159,8 @@ impl Gpu {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(text)?;
         // The machine code of Hopper's own instructions is not compatible with later chips.
         let arch = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
-        let (kernels, pool) = Default::default();
-        Ok(Self { context, stream, name, arch, driver_version, largest_shared, kernels, pool })
+        let (kernels, pool, profile) = Default::default();
+        Ok(Self { context, stream, name, arch, driver_version, largest_shared, kernels, pool, profile })
     }
 
     /// Makes the context current on this thread.
@@ -212,6 +223,14 @@ impl Gpu {
     /// Most bytes that tensors held at once since the last `trim`.
     pub(crate) fn peak_bytes(&self) -> usize {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner).peak
+    }
+
+    /// Bytes free, counting what the pool could give back, and all there are.
+    pub(crate) fn memory(&self) -> Option<(usize, usize)> {
+        self.bind().ok()?;
+        let (free, total) = result::mem_get_info().ok()?;
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        Some((free + pool.held - pool.in_use, total))
     }
 
     /// Waits for all work.
@@ -316,9 +335,58 @@ impl Gpu {
             })
             .collect();
         let block = (block.0, block.1, 1);
+        let span = self.begin_span(|| kernel.1.to_owned())?;
         // SAFETY: the arguments are those of the kernel, and live until the call returns; sizes were checked by the
         // operation that launches.
         unsafe { result::launch_kernel(function.0, grid, block, shared as u32, self.stream, &mut pointers) }
-            .map_err(failed(kernel.1))
+            .map_err(failed(kernel.1))?;
+        self.end_span(span)
+    }
+
+    /// From now on the time of everything that runs is taken.
+    pub(crate) fn start_profile(&self) {
+        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
+    /// Name, number of runs and milliseconds, longest first, since [`Gpu::start_profile`].
+    pub(crate) fn finish_profile(&self) -> Result<Vec<(String, usize, f64)>> {
+        self.synchronize()?;
+        let spans = self.profile.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let mut sums: HashMap<String, (usize, f64)> = HashMap::new();
+        for span in spans.unwrap_or_default() {
+            // SAFETY: both events were recorded, and the stream is idle; they are destroyed once.
+            let time = unsafe { result::event::elapsed(span.start, span.end) }.map_err(failed("profile"))?;
+            // SAFETY: as above.
+            let _ = unsafe { (result::event::destroy(span.start), result::event::destroy(span.end)) };
+            let sum = sums.entry(span.name).or_default();
+            *sum = (sum.0 + 1, sum.1 + f64::from(time));
+        }
+        let mut list: Vec<_> = sums.into_iter().map(|(name, (count, time))| (name, count, time)).collect();
+        list.sort_by(|a, b| b.2.total_cmp(&a.2));
+        Ok(list)
+    }
+
+    /// Marks the beginning of a span, if a profile is taken.
+    pub(crate) fn begin_span(&self, name: impl Fn() -> String) -> Result<Option<(String, sys::CUevent)>> {
+        if self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            return Ok(None);
+        }
+        Ok(Some((name(), self.event()?)))
+    }
+
+    pub(crate) fn end_span(&self, span: Option<(String, sys::CUevent)>) -> Result<()> {
+        let Some((name, start)) = span else { return Ok(()) };
+        let end = self.event()?;
+        if let Some(list) = &mut *self.profile.lock().unwrap_or_else(PoisonError::into_inner) {
+            list.push(Span { name, start, end });
+        }
+        Ok(())
+    }
+
+    fn event(&self) -> Result<sys::CUevent> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("profile"))?;
+        // SAFETY: event and stream are valid.
+        unsafe { result::event::record(event, self.stream) }.map_err(failed("profile"))?;
+        Ok(event)
     }
 }

@@ -151,6 +151,7 @@ pub(crate) fn gemm(cuda: &Cuda, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gem
     let (alpha, beta) = (how.scale, if how.accumulate { 1.0f32 } else { 0.0 });
     let c = pointer("gemm", c)?;
     cuda.gpu.bind()?;
+    let span = cuda.gpu.begin_span(|| format!("gemm {m} x {n} x {k}, {input:?}"))?;
     // SAFETY: the three matrices have the sizes of the plan, and the workspace that which the plan was made with.
     unsafe {
         result::matmul(
@@ -172,7 +173,8 @@ pub(crate) fn gemm(cuda: &Cuda, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gem
             cuda.gpu.stream.cast(),
         )
     }
-    .map_err(failed)
+    .map_err(failed)?;
+    cuda.gpu.end_span(span)
 }
 
 /// A copy in another element type, if it has another.

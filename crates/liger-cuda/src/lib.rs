@@ -47,17 +47,17 @@ impl Cuda {
         Ok(Self { gpu, activations, products, batches: Batches::default() })
     }
 
-    /// Waits until everything that was asked for is done: for timings.
-    ///
-    /// # Errors
-    /// If some earlier operation failed on the GPU.
-    pub fn synchronize(&self) -> Result<()> {
-        self.gpu.synchronize()
+    /// From now on the time of every kernel and product is taken.
+    pub fn start_profile(&self) {
+        self.gpu.start_profile();
     }
 
-    /// Most bytes of tensors that lived at once since [`Ops::trim`].
-    pub fn peak_bytes(&self) -> usize {
-        self.gpu.peak_bytes()
+    /// Name, number of runs and milliseconds of what ran since [`Cuda::start_profile`], longest first.
+    ///
+    /// # Errors
+    /// If the GPU failed.
+    pub fn finish_profile(&self) -> Result<Vec<(String, usize, f64)>> {
+        self.gpu.finish_profile()
     }
 
     fn tensor(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
@@ -157,6 +157,31 @@ impl Ops for Cuda {
     fn trim(&self) {
         // An error of earlier work comes up again at the next call that reports one.
         let _ = self.gpu.trim();
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.gpu.synchronize()
+    }
+
+    fn memory(&self) -> Option<(usize, usize)> {
+        self.gpu.memory()
+    }
+
+    fn peak_bytes(&self) -> Option<usize> {
+        Some(self.gpu.peak_bytes())
+    }
+
+    fn random(&self, shape: &[usize], bound: f32, seed: u64, dtype: DType) -> Result<Tensor> {
+        let tensor = self.tensor(shape, dtype)?;
+        let args = [
+            Arg::Pointer(pointer("random", &tensor)?),
+            Arg::Float(bound),
+            Arg::Long(seed as i64),
+            Arg::Long(tensor.len() as i64),
+        ];
+        let launch = Launch { grid: (1024, 1, 1), block: (256, 1), shared: 0 };
+        self.gpu.launch((Source::Elementwise, "uniform"), dtype, launch, &args)?;
+        Ok(tensor)
     }
 
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
@@ -287,6 +312,10 @@ impl Ops for Cuda {
         self.recurrence_gradients(gradients, inputs, initial, dout)
     }
 
+    fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
+        self.largest(logits)
+    }
+
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
         self.cross_entropies(logits, labels, gradient_scale)
     }
@@ -301,8 +330,8 @@ impl Ops for Cuda {
         self.kl(student, teacher, count, gradient_scale)
     }
 
-    fn sum_of_squares(&self, x: &Tensor) -> Result<f64> {
-        self.squares(x)
+    fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64> {
+        self.squares(tensors)
     }
 
     fn adamw(

@@ -342,13 +342,28 @@ impl Cuda {
         self.loss("kl_divergence", student, Some(teacher), &count, scale)
     }
 
-    pub(crate) fn squares(&self, x: &Tensor) -> Result<f64> {
-        let blocks = x.len().div_ceil(4096).clamp(1, 256);
-        let parts = self.gpu.allocate(blocks * 8)?;
-        let launch = Launch { grid: (blocks as u32, 1, 1), block: (256, 1), shared: 0 };
-        let args = [Arg::Pointer(parts.pointer), self.f32("sum_of_squares", x)?, long(x.len())];
-        self.launch((Source::Loss, "sum_of_squares"), launch, &args)?;
-        Ok(self.gpu.read::<f64>(parts.pointer, blocks)?.iter().sum())
+    pub(crate) fn largest(&self, logits: &Tensor) -> Result<Vec<u32>> {
+        let (vocabulary, rows) = rows_of(logits);
+        let found = self.gpu.allocate(rows * 4)?;
+        let args = [Arg::Pointer(found.pointer), Arg::Pointer(pointer("argmax", logits)?), int(vocabulary)];
+        let launch = Launch { grid: (rows as u32, 1, 1), block: (1024, 1), shared: 0 };
+        self.gpu.launch((Source::Loss, "argmax"), logits.dtype(), launch, &args)?;
+        self.gpu.read(found.pointer, rows)
+    }
+
+    /// All parts are read back at once: one wait, however many tensors.
+    pub(crate) fn squares(&self, tensors: &[&Tensor]) -> Result<f64> {
+        let blocks = |x: &Tensor| x.len().div_ceil(4096).clamp(1, 256);
+        let total: usize = tensors.iter().map(|x| blocks(x)).sum();
+        let parts = self.gpu.allocate(total * 8)?;
+        let mut at = 0;
+        for x in tensors {
+            let launch = Launch { grid: (blocks(x) as u32, 1, 1), block: (256, 1), shared: 0 };
+            let args = [Arg::Pointer(parts.pointer + at as u64 * 8), self.f32("sum_of_squares", x)?, long(x.len())];
+            self.launch((Source::Loss, "sum_of_squares"), launch, &args)?;
+            at += blocks(x);
+        }
+        Ok(self.gpu.read::<f64>(parts.pointer, total)?.iter().sum())
     }
 
     pub(crate) fn adamw_(

@@ -17,21 +17,28 @@ pub struct StepCost {
     pub state_bytes: usize,
 }
 
-/// Times steps after `context` tokens. The state is filled without running the text: what it holds does not change
+/// Times greedy steps of `texts` texts side by side after `context` tokens each. The state is filled without running the text: what it holds does not change
 /// how long a step takes.
 ///
 /// # Errors
 /// If the device fails.
-pub fn step_cost(decoder: &Decoder, adapter: Option<&Adapter>, context: usize, steps: usize) -> Result<StepCost> {
-    let mut state = decoder.new_state(1)?;
+pub fn step_cost(
+    decoder: &Decoder,
+    adapter: Option<&Adapter>,
+    context: usize,
+    texts: usize,
+    steps: usize,
+) -> Result<StepCost> {
+    let mut state = decoder.new_state(texts)?;
+    let ids = vec![0; texts];
     state.pretend_position(context, decoder.ops())?;
     let mut times = Vec::with_capacity(steps);
     for _ in 0..steps + 1 {
         let mut sequences = Sequences::default();
-        sequences.push(1, state.position(0), 0);
+        (0..texts).for_each(|slot| sequences.push(1, state.position(slot), slot));
         let start = Instant::now();
-        let hidden = decoder.forward(&[0], &sequences, Some(&mut state), adapter)?;
-        decoder.ops().download(&decoder.logits(&hidden)?)?;
+        let hidden = decoder.forward(&ids, &sequences, Some(&mut state), adapter)?;
+        decoder.ops().argmax(&decoder.logits(&hidden)?)?;
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }
     times.remove(0); // the first takes its memory

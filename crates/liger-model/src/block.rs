@@ -57,6 +57,23 @@ impl Activations {
     }
 }
 
+/// What a block's forward leaves for its backward.
+pub(crate) enum Kept {
+    /// The input alone; the rest is computed again.
+    Input(Tensor),
+    /// Everything.
+    All(Box<KeptAll>),
+}
+
+pub(crate) struct KeptAll {
+    input: Tensor,
+    attention: Activations,
+    /// The residual between the halves.
+    middle: Tensor,
+    gate: Tensor,
+    up: Tensor,
+}
+
 type LayerState<'a> = Option<(&'a mut KeyValueCache, &'a mut [Tensor])>;
 
 impl Context<'_> {
@@ -69,6 +86,23 @@ impl Context<'_> {
             window: liger.window,
             recurrent: liger.recurrent,
         }))
+    }
+
+    /// The same without a state, keeping what [`Context::backward`] needs: the input alone, or everything.
+    pub(crate) fn forward_keeping(&self, x: &mut Tensor, everything: bool) -> Result<Kept> {
+        let input = copy(self.ops, x)?;
+        if !everything {
+            self.forward(x, None)?;
+            return Ok(Kept::Input(input));
+        }
+        let mut attention = self.attention_forward(x, None)?;
+        if let Some(liger) = &mut attention.liger {
+            liger.recurrent = None; // only the mix needed it
+        }
+        let middle = copy(self.ops, x)?;
+        let (gate, up) = self.gate_up(x)?;
+        self.down(x, &gate, &up)?;
+        Ok(Kept::All(Box::new(KeptAll { input, attention, middle, gate, up })))
     }
 
     /// Adds the attention's output to `x`.
@@ -136,30 +170,41 @@ impl Context<'_> {
 
     fn feed_forward(&self, x: &mut Tensor) -> Result<()> {
         let (gate, up) = self.gate_up(x)?;
+        self.down(x, &gate, &up)
+    }
+
+    /// Adds the feed-forward layer's output to `x`.
+    fn down(&self, x: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
         let mut inner = self.ops.empty(gate.shape())?;
-        self.ops.swiglu_forward(&mut inner, &gate, &up)?;
+        self.ops.swiglu_forward(&mut inner, gate, up)?;
         frozen_forward(self.ops, x, &inner, &self.weights.down, true)
     }
 
-    /// Given the block's input `x` and the gradient `dx` of its output, computes the forward again, adds to the
-    /// adapter's gradients and turns `dx` into the gradient of `x`, unless `input_gradient` says nobody needs it.
+    /// Given what the forward kept and the gradient `dx` of the block's output, adds to the adapter's gradients and
+    /// turns `dx` into the gradient of the input, unless `input_gradient` says nobody needs it.
     pub(crate) fn backward(
         &self,
-        mut x: Tensor,
+        kept: Kept,
         dx: &mut Tensor,
         gradients: &mut Adapter,
         input_gradient: bool,
     ) -> Result<()> {
-        let input = if input_gradient { Some(copy(self.ops, &x)?) } else { None };
-        let activations = self.attention_forward(&mut x, None)?; // x is now the residual between the halves
-        self.feed_forward_backward(&x, dx)?;
-        drop(x);
-        self.attention_backward(input.as_ref(), dx, &activations, gradients)
+        let KeptAll { input, attention, middle, gate, up } = match kept {
+            Kept::All(all) => *all,
+            Kept::Input(input) => {
+                let mut middle = copy(self.ops, &input)?;
+                let attention = self.attention_forward(&mut middle, None)?;
+                let (gate, up) = self.gate_up(&middle)?;
+                KeptAll { input, attention, middle, gate, up }
+            }
+        };
+        self.feed_forward_backward(&middle, dx, gate, up)?;
+        drop(middle);
+        self.attention_backward(input_gradient.then_some(&input), dx, &attention, gradients)
     }
 
-    fn feed_forward_backward(&self, x: &Tensor, dx: &mut Tensor) -> Result<()> {
+    fn feed_forward_backward(&self, x: &Tensor, dx: &mut Tensor, mut gate: Tensor, mut up: Tensor) -> Result<()> {
         let Self { ops, config, weights, .. } = *self;
-        let (mut gate, mut up) = self.gate_up(x)?;
         let mut dinner = ops.empty(gate.shape())?;
         ops.gemm(&mut dinner, dx, &weights.down.weight, Gemm::INPUT_GRADIENT)?;
         ops.swiglu_backward(&mut gate, &mut up, &dinner)?;

@@ -6,7 +6,7 @@ use liger_tensor::{DType, Gemm, Ops, Sequences, Tensor};
 
 use crate::adapter::{Adapter, Tuning};
 use crate::attention::Mixer;
-use crate::block::{Branches, Context, copy};
+use crate::block::{Branches, Context, Kept};
 use crate::config::{LigerConfig, ModelConfig};
 use crate::error::{Error, Result};
 use crate::state::State;
@@ -22,9 +22,18 @@ pub struct Decoder {
     frequencies: Arc<(Vec<f64>, f64)>,
 }
 
-/// What a training forward keeps: the input of every block, nothing else.
+/// What a training forward keeps for the backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recompute {
+    /// Everything: fastest.
+    None,
+    /// The input of every block; a block's forward runs again in its backward: half as much work more, little memory.
+    Layer,
+}
+
+/// What a training forward leaves for the backward.
 pub struct Pass {
-    inputs: Vec<Tensor>,
+    layers: Vec<Kept>,
     last: Tensor,
     sequences: Sequences,
     dropout_seed: Option<u64>,
@@ -193,7 +202,7 @@ impl Decoder {
         self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding)
     }
 
-    /// The forward of training: whole sequences from their beginning, keeping the input of every block.
+    /// The forward of training: whole sequences from their beginning.
     ///
     /// # Errors
     /// As [`Decoder::forward`].
@@ -203,18 +212,41 @@ impl Decoder {
         sequences: Sequences,
         adapter: &Adapter,
         dropout_seed: u64,
+        recompute: Recompute,
     ) -> Result<Pass> {
         let mut x = self.embed(ids, &sequences)?;
         let angles = self.angles(&sequences)?;
         let dropout_seed = Some(dropout_seed);
         let tuning = Some(Tuning { adapter, dropout_seed });
-        let mut inputs = Vec::with_capacity(self.config.num_layers);
+        let mut layers = Vec::with_capacity(self.config.num_layers);
         for layer in 0..self.config.num_layers {
-            inputs.push(copy(&*self.ops, &x)?);
-            self.context(layer, tuning, &sequences, &angles).forward(&mut x, None)?;
+            let context = self.context(layer, tuning, &sequences, &angles);
+            layers.push(context.forward_keeping(&mut x, recompute == Recompute::None)?);
         }
         let hidden = self.final_norm(&x)?;
-        Ok(Pass { inputs, last: x, sequences, dropout_seed, hidden })
+        Ok(Pass { layers, last: x, sequences, dropout_seed, hidden })
+    }
+
+    /// Bytes that [`Decoder::train_forward`] keeps for `tokens` tokens.
+    pub fn kept_bytes(&self, tokens: usize, recompute: Recompute) -> usize {
+        let c = &self.config;
+        let (d, q, kv) = (c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
+        let size = self.ops.activations().size();
+        // Input, norm and residual; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up.
+        let layer = match recompute {
+            Recompute::Layer => d * size,
+            Recompute::None => (3 * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * kv,
+        };
+        layer * tokens * c.num_layers
+    }
+
+    /// [`Recompute::None`] where the device has its own memory and everything fits, for `tokens` tokens at once.
+    pub fn choose_recompute(&self, tokens: usize) -> Recompute {
+        match self.ops.memory() {
+            // A fifth for what lives inside a step, logits among it.
+            Some((free, _)) if self.kept_bytes(tokens, Recompute::None) < free / 5 * 4 => Recompute::None,
+            _ => Recompute::Layer,
+        }
     }
 
     /// Adds the adapter's gradients to `gradients`, given that of [`Pass::hidden`].
@@ -233,9 +265,9 @@ impl Decoder {
         let mut dx = self.ops.zeros(pass.last.shape())?;
         let (norm, epsilon) = (&self.weights.final_norm, self.config.rms_norm_eps);
         self.ops.rms_norm_backward(&mut dx, &pass.last, norm, epsilon, dhidden)?;
-        for (layer, x) in pass.inputs.into_iter().enumerate().rev() {
+        for (layer, kept) in pass.layers.into_iter().enumerate().rev() {
             // The embedding is frozen: nothing asks for the gradient of the first block's input.
-            self.context(layer, tuning, &pass.sequences, &angles).backward(x, &mut dx, gradients, layer > 0)?;
+            self.context(layer, tuning, &pass.sequences, &angles).backward(kept, &mut dx, gradients, layer > 0)?;
         }
         Ok(())
     }

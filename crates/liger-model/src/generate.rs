@@ -1,6 +1,6 @@
 //! Writing text: prefill in chunks of bounded memory, then one token at a time.
 
-use liger_tensor::{Sequences, Tensor};
+use liger_tensor::{Ops, Sequences, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -10,8 +10,10 @@ use crate::error::{Error, Result};
 use crate::sampling::Sampling;
 use crate::state::State;
 
-/// Tokens that a prefill runs at once.
-pub const PREFILL_CHUNK: usize = 512;
+/// Tokens that a prefill runs at once: enough to fill the device, few enough for bounded memory.
+fn prefill_chunk(ops: &dyn Ops) -> usize {
+    if ops.memory().is_some() { 4096 } else { 512 }
+}
 
 /// A model that writes.
 #[derive(Clone, Copy)]
@@ -31,7 +33,7 @@ impl Generator<'_> {
     pub fn prefill(&self, state: &mut State, slot: usize, ids: &[u32]) -> Result<Vec<f32>> {
         self.check_length(state.position(slot), ids.len())?;
         let mut last = None;
-        for chunk in ids.chunks(PREFILL_CHUNK) {
+        for chunk in ids.chunks(prefill_chunk(self.decoder.ops())) {
             let mut sequences = Sequences::default();
             sequences.push(chunk.len(), state.position(slot), slot);
             let hidden = self.decoder.forward(chunk, &sequences, Some(state), self.adapter)?;

@@ -1,5 +1,6 @@
 //! Models of known shapes with random weights: for benchmarks, which need no download, and for tests.
 
+use liger_tensor::{DType, Ops, Tensor};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -60,6 +61,15 @@ impl RandomWeights {
     pub fn new(config: &ModelConfig, seed: u64) -> Self {
         Self { tensors: expected_tensors(config).into_iter().collect(), seed }
     }
+
+    fn seed_of(&self, name: &str) -> u64 {
+        name.bytes().fold(self.seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3))
+    }
+}
+
+/// Of even numbers with variance 1 / in.
+fn bound(shape: &[usize]) -> f32 {
+    (3.0 / shape[1] as f32).sqrt()
 }
 
 impl TensorSource for RandomWeights {
@@ -73,11 +83,17 @@ impl TensorSource for RandomWeights {
         if shape.len() == 1 {
             return Ok(vec![1.0; count]);
         }
-        let hash = name.bytes().fold(self.seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
-        let mut rng = ChaCha8Rng::seed_from_u64(hash);
-        // Uniform with the variance 1 / in.
-        let bound = (3.0 / shape[1] as f32).sqrt();
+        let bound = bound(&shape);
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed_of(name));
         Ok((0..count).map(|_| rng.random_range(-bound..bound)).collect())
+    }
+
+    /// Matrices are drawn by the device itself: billions of numbers in no time.
+    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: DType) -> Result<Tensor> {
+        match shape.len() {
+            1 => Ok(ops.upload(self.read(name)?, shape, dtype)?),
+            _ => Ok(ops.random(shape, bound(shape), self.seed_of(name), dtype)?),
+        }
     }
 
     fn error(&self, problem: String) -> Error {

@@ -14,6 +14,13 @@ pub trait TensorSource {
     /// # Errors
     /// If the file is damaged or holds an element type that is not supported.
     fn read(&self, name: &str) -> Result<Vec<f32>>;
+    /// The tensor on a device.
+    ///
+    /// # Errors
+    /// As [`TensorSource::read`], or if the device has no memory.
+    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: DType) -> Result<Tensor> {
+        Ok(ops.upload(self.read(name)?, shape, dtype)?)
+    }
     /// An error about this checkpoint.
     fn error(&self, problem: String) -> Error;
 }
@@ -90,7 +97,7 @@ impl Weights {
         }
         let tensor = |name: &str, dtype: DType| -> Result<Tensor> {
             let shape = source.shape(name).ok_or_else(|| missing(source, name))?;
-            Ok(ops.upload(source.read(name)?, &shape, dtype)?)
+            source.load(name, &shape, ops, dtype)
         };
         let linear = |name: &str| -> Result<Linear> {
             let weight = tensor(&format!("{name}.weight"), dtype)?;

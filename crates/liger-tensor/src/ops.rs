@@ -201,6 +201,20 @@ pub trait Ops: Send + Sync {
     fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()>;
     /// Memory that is not in use goes back to the system.
     fn trim(&self);
+    /// Waits until everything that was asked for is done.
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+    /// Bytes of memory that is free and of all that there is, where the device has its own.
+    fn memory(&self) -> Option<(usize, usize)> {
+        None
+    }
+    /// Most bytes of memory in use at once since the last `trim`, where the device counts them.
+    fn peak_bytes(&self) -> Option<usize> {
+        None
+    }
+    /// A matrix of numbers drawn evenly from -bound to bound, for measurements; the same seed gives the same ones.
+    fn random(&self, shape: &[usize], bound: f32, seed: u64, dtype: DType) -> Result<Tensor>;
 
     /// See [`Gemm`]. Tensors of more than two axes count as `[first, rest]`.
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()>;
@@ -301,6 +315,8 @@ pub trait Ops: Send + Sync {
         dout: &Tensor,
     ) -> Result<()>;
 
+    /// Index of the largest element of each row, the last of equals.
+    fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>>;
     /// Cross-entropy of each row of `logits [N, V]`, 0 where the label is negative. With a scale, `logits` are
     /// overwritten by `scale` times their gradient; without, they stay.
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>>;
@@ -313,8 +329,8 @@ pub trait Ops: Send + Sync {
         count: &[bool],
         gradient_scale: Option<f32>,
     ) -> Result<Vec<f32>>;
-    /// Sum of the squares of all elements, in float64.
-    fn sum_of_squares(&self, x: &Tensor) -> Result<f64>;
+    /// Sum of the squares of all elements of float32 tensors, in float64.
+    fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64>;
     /// One update of `parameter` and its two moments.
     fn adamw(
         &self,

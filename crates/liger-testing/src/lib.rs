@@ -29,7 +29,7 @@ pub fn check_drawn(ops: &dyn Ops, tolerance: f64, cases: u32) {
 
 pub(crate) struct Check<'a> {
     pub(crate) ops: &'a dyn Ops,
-    tolerance: f64,
+    pub(crate) tolerance: f64,
 }
 
 impl Check<'_> {

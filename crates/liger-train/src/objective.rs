@@ -1,14 +1,19 @@
 //! The loss of a batch and its gradient at the hidden states. Logits exist one chunk of rows at a time.
 
-use liger_model::{Adapter, Decoder};
+use liger_model::{Adapter, Decoder, Recompute};
 use liger_tensor::{Ops, Sequences, Tensor};
 
 use crate::data::Row;
 use crate::error::Result;
 use crate::recipe::Objective;
 
-/// Rows whose logits are in memory at once.
-const CHUNK: usize = 256;
+/// Rows whose logits are in memory at once: few on a CPU, on a device with its own memory up to half a gigabyte.
+pub fn loss_chunk(decoder: &Decoder) -> usize {
+    match decoder.ops().memory() {
+        Some(_) => ((512 << 20) / (4 * decoder.config().vocab_size)).clamp(256, 8192) / 256 * 256,
+        None => 256,
+    }
+}
 
 /// Rows as one batch.
 pub(crate) struct Batch {
@@ -32,6 +37,7 @@ pub(crate) struct Models<'a> {
     pub(crate) student: &'a Decoder,
     pub(crate) teacher: &'a Decoder,
     pub(crate) objective: Objective,
+    pub(crate) recompute: Recompute,
 }
 
 impl Models<'_> {
@@ -53,8 +59,9 @@ impl Models<'_> {
         let ops = self.student.ops();
         let mut total = 0.0f64;
         let width = hidden.dim(1);
-        for first in (0..batch.labels.len()).step_by(CHUNK) {
-            let count = CHUNK.min(batch.labels.len() - first);
+        let chunk = loss_chunk(self.student);
+        for first in (0..batch.labels.len()).step_by(chunk) {
+            let count = chunk.min(batch.labels.len() - first);
             let labels = &batch.labels[first..first + count];
             if labels.iter().all(|&label| label < 0) {
                 continue;
@@ -76,7 +83,7 @@ impl Models<'_> {
             };
             total += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
             if let Some((dhidden, _)) = &mut gradient {
-                let mut part = ops.zeros(&[count, width])?;
+                let mut part = ops.empty(&[count, width])?;
                 self.student.logits_backward(&mut part, &logits)?;
                 ops.write_rows(dhidden, &part, first)?;
             }
@@ -95,7 +102,8 @@ impl Models<'_> {
     ) -> Result<f64> {
         let batch = Batch::of(rows);
         let teacher_hidden = self.teacher_hidden(&batch)?;
-        let pass = self.student.train_forward(&batch.ids, batch.sequences.clone(), adapter, dropout_seed)?;
+        let pass =
+            self.student.train_forward(&batch.ids, batch.sequences.clone(), adapter, dropout_seed, self.recompute)?;
         let ops: &dyn Ops = self.student.ops();
         let mut dhidden = ops.zeros(pass.hidden.shape())?;
         let total = self.losses(&batch, &pass.hidden, teacher_hidden.as_ref(), Some((&mut dhidden, scale)))?;

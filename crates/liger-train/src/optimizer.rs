@@ -7,27 +7,34 @@ use crate::error::Result;
 use crate::recipe::TrainRecipe;
 
 /// The moments, in the adapter's own form.
-pub(crate) struct Optimizer {
+pub struct Optimizer {
     pub(crate) first: Adapter,
     pub(crate) second: Adapter,
 }
 
 impl Optimizer {
-    pub(crate) fn new(adapter: &Adapter, model: &ModelConfig, ops: &dyn Ops) -> Result<Self> {
+    /// Moments of zero.
+    ///
+    /// # Errors
+    /// If the device has no memory.
+    pub fn new(adapter: &Adapter, model: &ModelConfig, ops: &dyn Ops) -> Result<Self> {
         Ok(Self { first: adapter.zeros_like(model, ops)?, second: adapter.zeros_like(model, ops)? })
     }
 
     /// Norm of all gradients together.
-    pub(crate) fn norm(gradients: &Adapter, ops: &dyn Ops) -> Result<f64> {
-        let mut sum = 0.0;
-        for (_, gradient) in gradients.named() {
-            sum += ops.sum_of_squares(gradient)?;
-        }
-        Ok(sum.sqrt())
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn norm(gradients: &Adapter, ops: &dyn Ops) -> Result<f64> {
+        let gradients: Vec<_> = gradients.named().into_iter().map(|(_, gradient)| gradient).collect();
+        Ok(ops.sum_of_squares(&gradients)?.sqrt())
     }
 
     /// One update; `norm` is the gradients'.
-    pub(crate) fn step(
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn step(
         &mut self,
         adapter: &mut Adapter,
         gradients: &Adapter,

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use liger_model::checkpoint::save_adapter;
-use liger_model::{Adapter, Decoder};
+use liger_model::{Adapter, Decoder, Recompute};
 
 use crate::checkpoints::{self, Progress};
 use crate::data::{Document, Row, pack};
@@ -27,6 +27,7 @@ pub struct Trainer {
     optimizer: Optimizer,
     progress: Progress,
     gradients: Adapter,
+    recompute: Recompute,
     /// The epoch that `epoch_rows` is of, and the number of its first row.
     epoch: u64,
     epoch_start: u64,
@@ -74,6 +75,7 @@ impl Trainer {
         validation: &[Document],
         run: &Path,
         resume: bool,
+        recompute: Recompute,
     ) -> Result<Self> {
         recipe.check()?;
         let teacher = student.with_attention(None);
@@ -114,6 +116,7 @@ impl Trainer {
             optimizer,
             progress,
             gradients,
+            recompute,
             epoch: 0,
             epoch_start: 0,
             epoch_rows: Vec::new(),
@@ -210,7 +213,8 @@ impl Trainer {
         for matrix in self.gradients.matrices_mut() {
             ops.clear(matrix)?;
         }
-        let models = Models { student: &self.student, teacher: &self.teacher, objective: self.recipe.train.objective };
+        let (objective, recompute) = (self.recipe.train.objective, self.recompute);
+        let models = Models { student: &self.student, teacher: &self.teacher, objective, recompute };
         let seed = self.recipe.train.seed.wrapping_mul(0x9e37_79b9).wrapping_add(step << 8);
         let mut total = 0.0;
         for (i, micro) in rows.chunks(self.recipe.train.micro_batch).enumerate() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use liger_cpu::Cpu;
-use liger_model::{Decoder, ModelConfig, RandomWeights, Weights};
+use liger_model::{Decoder, ModelConfig, RandomWeights, Recompute, Weights};
 use liger_tensor::DType;
 use liger_train::data::Document;
 use liger_train::{Error, Event, Finished, LossOn, Objective, Outcome, Recipe, StepRecord, Trainer};
@@ -49,7 +49,9 @@ fn documents(count: usize) -> Vec<Document> {
 
 fn train(recipe: &Recipe, run: &Path, resume: bool, stop_after: Option<u64>) -> (Vec<StepRecord>, Outcome) {
     let validation = documents(3);
-    let mut trainer = Trainer::new(student(recipe), recipe.clone(), documents(20), &validation, run, resume).unwrap();
+    let mut trainer =
+        Trainer::new(student(recipe), recipe.clone(), documents(20), &validation, run, resume, Recompute::Layer)
+            .unwrap();
     let stop = AtomicBool::new(false);
     let mut records = Vec::new();
     let outcome = trainer
@@ -125,7 +127,7 @@ fn other_settings_or_data_are_refused_on_resume() {
     let mut other = recipe.clone();
     other.train.learning_rate = 1e-3;
     let new = |recipe: &Recipe, count| {
-        Trainer::new(student(recipe), recipe.clone(), documents(count), &[], folder.path(), true)
+        Trainer::new(student(recipe), recipe.clone(), documents(count), &[], folder.path(), true, Recompute::Layer)
             .err()
             .unwrap()
             .to_string()
@@ -142,7 +144,9 @@ fn a_loss_that_is_no_number_names_step_data_and_checkpoint() {
     recipe.train.clip = 0.0;
     recipe.train.checkpoint_every = 1;
     let folder = tempfile::tempdir().unwrap();
-    let mut trainer = Trainer::new(student(&recipe), recipe.clone(), documents(20), &[], folder.path(), false).unwrap();
+    let mut trainer =
+        Trainer::new(student(&recipe), recipe.clone(), documents(20), &[], folder.path(), false, Recompute::Layer)
+            .unwrap();
     let error = trainer.run(&AtomicBool::new(false), &mut |_| {}).unwrap_err();
     let Error::NotFinite { step, data, checkpoint, .. } = &error else { panic!("{error}") };
     assert!(*step > 1 && data.starts_with("documents ") && checkpoint.contains("checkpoints/step-"), "{error}");

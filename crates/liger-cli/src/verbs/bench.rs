@@ -1,18 +1,17 @@
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
-use liger_eval::{Table, step_cost};
+use liger_eval::{Axis, Line, Plot, Table, step_cost};
 use liger_model::{
-    Adapter, Decoder, Generator, LigerConfig, LoraConfig, ModelConfig, RandomWeights, SHAPES, Structure, Target,
-    Weights,
+    Adapter, Decoder, LigerConfig, LoraConfig, ModelConfig, RandomWeights, SHAPES, Structure, Target, Weights, files,
 };
-use liger_tensor::{DType, Gemm, Ops, Sequences};
+use liger_tensor::{Gemm, Ops, Sequences, Tensor};
+use liger_train::{Optimizer, Recipe};
 use serde_json::json;
 
-use crate::common::{DeviceArgs, mebibytes, print};
+use crate::common::{DeviceArgs, RecomputeArg, mebibytes, print};
 
 /// Measure decoding, prefill or training.
 #[derive(clap::Args)]
@@ -33,6 +32,18 @@ pub struct Args {
     /// Lengths in tokens [default: 512,4096,16384 for decode, 1024,4096,16384 for prefill, 1024 for train]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<usize>,
+    /// Texts side by side
+    #[arg(long, default_value_t = 1)]
+    batch: usize,
+    /// What of a training step's forward is kept [default: auto, what fits]
+    #[arg(long, value_enum, default_value = "auto")]
+    recompute: RecomputeArg,
+    /// Print where the time goes, kernel by kernel (on a GPU)
+    #[arg(long)]
+    profile: bool,
+    /// Draw the figures to this SVG file
+    #[arg(long)]
+    svg: Option<PathBuf>,
     /// Repetitions of each measurement; the median counts
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -78,134 +89,230 @@ pub fn run(args: &Args) -> Result<()> {
         What::Train => &[1024],
     };
     let lengths = if args.lengths.is_empty() { defaults.to_vec() } else { args.lengths.clone() };
-    if lengths.contains(&0) || args.repeat == 0 {
-        bail!("--lengths and --repeat: found 0, expected at least 1");
+    if lengths.contains(&0) || args.repeat == 0 || args.batch == 0 {
+        bail!("--lengths, --batch and --repeat: found 0, expected at least 1");
     }
-    let (table, rows) = match args.what {
-        What::Decode => decode(&decoder, &lengths, args.repeat)?,
-        What::Prefill => prefill(&decoder, &lengths, args.repeat)?,
-        What::Train => train(&decoder, &ops, &lengths, args.repeat)?,
+    let bench = Bench { decoder: &decoder, ops: &*ops, args };
+    let (table, rows, bound) = match args.what {
+        What::Decode => bench.decode(&lengths)?,
+        What::Prefill => bench.prefill(&lengths)?,
+        What::Train => bench.train(&lengths)?,
     };
+    if let Some(path) = &args.svg {
+        let points =
+            rows.iter().filter_map(|r| Some((r.get("tokens")?.as_f64()?, r.get("tokens_per_second")?.as_f64()?)));
+        let plot = Plot {
+            title: format!("{} {}, batch {}, {}", args.shape, args.structure, args.batch, ops.describe()),
+            x: Axis { label: "tokens".into(), logarithmic: true },
+            y: Axis { label: "tokens per second".into(), logarithmic: false },
+            lines: vec![Line { name: args.structure.clone(), points: points.collect() }],
+        };
+        let svg = plot.to_svg().unwrap_or_default();
+        files::write_whole(path, svg.as_bytes())?;
+    }
     if args.json {
-        return print(&format!("{}\n", json!({"device": ops.describe(), "rows": rows})));
+        let object = json!({"device": ops.describe(), "shape": args.shape, "structure": args.structure,
+            "batch": args.batch, "bound": bound, "rows": rows});
+        return print(&format!("{object}\n"));
     }
-    print(&format!("{}\n{}", ops.describe(), table.to_text()))
+    print(&format!("{}; {bound}\n{}", ops.describe(), table.to_text()))
 }
 
-type Measured = (Table, Vec<serde_json::Value>);
-
-fn decode(decoder: &Decoder, lengths: &[usize], repeat: usize) -> Result<Measured> {
-    let mut table = Table::new(["decode after", "ms/token", "tokens/s", "state"]);
-    let mut rows = Vec::new();
-    for &length in lengths {
-        let cost = step_cost(decoder, None, length, repeat.max(3) * 4)?;
-        let rate = 1e3 / cost.milliseconds;
-        table.row([
-            format!("{length} tokens"),
-            format!("{:.1}", cost.milliseconds),
-            format!("{rate:.1}"),
-            mebibytes(cost.state_bytes),
-        ]);
-        rows.push(json!(cost));
-    }
-    Ok((table, rows))
+struct Bench<'a> {
+    decoder: &'a Decoder,
+    ops: &'a dyn Ops,
+    args: &'a Args,
 }
 
-fn prefill(decoder: &Decoder, lengths: &[usize], repeat: usize) -> Result<Measured> {
-    let mut table = Table::new(["prefill of", "s", "tokens/s", "ms/token"]);
-    let mut rows = Vec::new();
-    let vocabulary = decoder.config().vocab_size as u32;
-    for &length in lengths {
-        let ids: Vec<u32> = (0..length as u32).map(|i| i * 7919 % vocabulary).collect();
-        let seconds = median(repeat.min(3), || {
-            let mut state = decoder.new_state(1)?;
-            Generator { decoder, adapter: None }.prefill(&mut state, 0, &ids)?;
-            Ok(())
-        })?;
-        let per_token = seconds * 1e3 / length as f64;
-        table.row([
-            format!("{length} tokens"),
-            format!("{seconds:.2}"),
-            format!("{:.0}", length as f64 / seconds),
-            format!("{per_token:.3}"),
-        ]);
-        rows.push(json!({"tokens": length, "seconds": seconds}));
-    }
-    Ok((table, rows))
-}
+/// The table, the rows as JSON, and the bound that the machine was measured to have.
+type Measured = (Table, Vec<serde_json::Value>, String);
 
-/// A training step against the rate of the bare matrix products of the same sizes, measured first.
-fn train(decoder: &Decoder, ops: &Arc<dyn Ops>, lengths: &[usize], repeat: usize) -> Result<Measured> {
-    let lora = LoraConfig { rank: 8, alpha: 8.0, dropout: 0.0, targets: Target::ALL.to_vec() };
-    let config = decoder.config();
-    let adapter = Adapter::new(lora, config, &**ops, 0)?;
-    let mut table =
-        Table::new(["LoRA step of", "s", "tokens/s", "GFLOP/s at 6 x P", "matrix products alone", "share of it"]);
-    let mut rows = Vec::new();
-    for &length in lengths {
-        let ids: Vec<u32> = (0..length as u32).map(|i| i * 7919 % config.vocab_size as u32).collect();
-        let labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-        let mut gradients = adapter.zeros_like(config, &**ops)?;
-        let seconds = median(repeat, || {
-            let pass = decoder.train_forward(&ids, Sequences::fresh([length]), &adapter, 0)?;
-            let mut dhidden = ops.zeros(pass.hidden.shape())?;
-            for first in (0..length).step_by(256) {
-                let count = 256.min(length - first);
-                let mut rows = ops.empty(&[count, config.hidden_size])?;
-                ops.copy_rows(&mut rows, &pass.hidden, first)?;
-                let mut logits = decoder.logits(&rows)?;
-                ops.cross_entropy(&mut logits, &labels[first..first + count], Some(1.0 / length as f32))?;
-                let mut part = ops.zeros(&[count, config.hidden_size])?;
-                decoder.logits_backward(&mut part, &logits)?;
-                ops.write_rows(&mut dhidden, &part, first)?;
+impl Bench<'_> {
+    /// Greedy steps, against the time of reading weights and state once (and writing the state) at the speed of a copy.
+    fn decode(&self, lengths: &[usize]) -> Result<Measured> {
+        let (batch, bandwidth) = (self.args.batch, self.bandwidth()?);
+        let mut table = Table::new(["decode after", "ms/step", "tokens/s", "state", "share of the copy's speed"]);
+        let mut rows = Vec::new();
+        for &length in lengths {
+            let cost = step_cost(self.decoder, None, length, batch, self.args.repeat.max(3) * 4)?;
+            self.profile("in some steps", || {
+                step_cost(self.decoder, None, length, batch, 8)?;
+                Ok(())
+            })?;
+            let bytes = self.weight_bytes_read() + cost.state_bytes;
+            let share = bytes as f64 / (cost.milliseconds / 1e3) / bandwidth;
+            let rate = batch as f64 * 1e3 / cost.milliseconds;
+            table.row([
+                format!("{length} tokens"),
+                format!("{:.2}", cost.milliseconds),
+                format!("{rate:.1}"),
+                mebibytes(cost.state_bytes),
+                format!("{:.0} %", 100.0 * share),
+            ]);
+            rows.push(json!({"tokens": length, "milliseconds": cost.milliseconds, "tokens_per_second": rate,
+                "state_bytes": cost.state_bytes, "share": share}));
+        }
+        Ok((table, rows, format!("a copy moves {:.1} GB/s", bandwidth / 1e9)))
+    }
+
+    /// All weights but the embedding table, of which a step reads a row, unless it is the output layer too.
+    fn weight_bytes_read(&self) -> usize {
+        let config = self.decoder.config();
+        let table = config.vocab_size * config.hidden_size * self.ops.activations().size();
+        self.decoder.weights().bytes() - if config.tie_word_embeddings { 0 } else { table }
+    }
+
+    fn prefill(&self, lengths: &[usize]) -> Result<Measured> {
+        let mut table = Table::new(["prefill of", "s", "tokens/s", "ms/token", "share of the products' rate"]);
+        let mut rows = Vec::new();
+        let vocabulary = self.decoder.config().vocab_size as u32;
+        let bound = self.product_rate(lengths[0].min(4096), 0)?;
+        for &length in lengths {
+            let ids: Vec<u32> = (0..length as u32).map(|i| i * 7919 % vocabulary).collect();
+            let mut run = || {
+                let mut state = self.decoder.new_state(1)?;
+                liger_model::Generator { decoder: self.decoder, adapter: None }.prefill(&mut state, 0, &ids)?;
+                Ok(())
+            };
+            let seconds = self.median(self.args.repeat.min(3), &mut run)?;
+            self.profile("in a prefill", &mut run)?;
+            let config = self.decoder.config();
+            let head = config.vocab_size * config.hidden_size * if config.tie_word_embeddings { 1 } else { 2 };
+            let rate = 2.0 * (config.parameter_count() - head) as f64 * length as f64 / seconds;
+            table.row([
+                format!("{length} tokens"),
+                format!("{seconds:.3}"),
+                format!("{:.0}", length as f64 / seconds),
+                format!("{:.4}", seconds * 1e3 / length as f64),
+                format!("{:.0} %", 100.0 * rate / bound),
+            ]);
+            rows.push(json!({"tokens": length, "seconds": seconds, "tokens_per_second": length as f64 / seconds}));
+        }
+        Ok((table, rows, format!("the model's matrix products alone run at {:.2} TFLOP/s", bound / 1e12)))
+    }
+
+    /// A whole LoRA step (rank 8 on q, k, v; next-token loss on all tokens; clipping; AdamW) of `batch` texts, against
+    /// the rate of the bare matrix products of the same sizes.
+    fn train(&self, lengths: &[usize]) -> Result<Measured> {
+        let (ops, config, batch) = (self.ops, self.decoder.config(), self.args.batch);
+        let targets = vec![Target::Q, Target::K, Target::V];
+        let lora = LoraConfig { rank: 8, alpha: 8.0, dropout: 0.0, targets };
+        let recipe = Recipe::load("paper")?.train;
+        let mut adapter = Adapter::new(lora, config, ops, 0)?;
+        let mut gradients = adapter.zeros_like(config, ops)?;
+        let mut optimizer = Optimizer::new(&adapter, config, ops)?;
+        let columns = ["LoRA step of", "s", "tokens/s", "TFLOP/s at 4 x P", "share of the products'", "memory"];
+        let (mut table, mut rows) = (Table::new(columns), Vec::new());
+        let bound = self.product_rate(lengths[0] * batch, 1)?;
+        for &length in lengths {
+            let tokens = length * batch;
+            let ids: Vec<u32> = (0..tokens as u32).map(|i| i * 7919 % config.vocab_size as u32).collect();
+            let labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+            let recompute = self.args.recompute.choose(self.decoder, tokens);
+            ops.trim();
+            let mut step = 0;
+            let mut run = || {
+                step += 1;
+                gradients.matrices_mut().try_for_each(|matrix| ops.clear(matrix))?;
+                let sequences = Sequences::fresh(vec![length; batch]);
+                let pass = self.decoder.train_forward(&ids, sequences, &adapter, 0, recompute)?;
+                let dhidden = self.loss_gradient(&pass.hidden, &labels)?;
+                self.decoder.train_backward(pass, &dhidden, &adapter, &mut gradients)?;
+                let norm = Optimizer::norm(&gradients, ops)?;
+                Ok(optimizer.step(&mut adapter, &gradients, ops, (step, 1e-3, norm), &recipe)?)
+            };
+            let seconds = self.median(self.args.repeat, &mut run)?;
+            self.profile("in a step", &mut run)?;
+            let rate = 4.0 * config.parameter_count() as f64 * tokens as f64 / seconds;
+            let peak = ops.peak_bytes();
+            table.row([
+                format!("{batch} x {length}"),
+                format!("{seconds:.4}"),
+                format!("{:.0}", tokens as f64 / seconds),
+                format!("{:.3}", rate / 1e12),
+                format!("{:.0} %", 100.0 * rate / bound),
+                peak.map_or("not counted".into(), mebibytes),
+            ]);
+            rows.push(json!({"tokens": length, "seconds": seconds, "tokens_per_second": tokens as f64 / seconds,
+                "flops": rate, "share": rate / bound, "peak_bytes": peak, "recompute": format!("{recompute:?}")}));
+        }
+        Ok((table, rows, format!("the model's matrix products alone run at {:.2} TFLOP/s", bound / 1e12)))
+    }
+
+    /// The gradient of the hidden states by the mean next-token loss, chunk by chunk as in training.
+    fn loss_gradient(&self, hidden: &Tensor, labels: &[i64]) -> Result<Tensor> {
+        let ops = self.ops;
+        let mut dhidden = ops.zeros(hidden.shape())?;
+        let chunk = liger_train::loss_chunk(self.decoder);
+        for first in (0..labels.len()).step_by(chunk) {
+            let count = chunk.min(labels.len() - first);
+            let mut rows = ops.empty(&[count, hidden.dim(1)])?;
+            ops.copy_rows(&mut rows, hidden, first)?;
+            let mut logits = self.decoder.logits(&rows)?;
+            ops.cross_entropy(&mut logits, &labels[first..first + count], Some(1.0 / labels.len() as f32))?;
+            self.decoder.logits_backward(&mut rows, &logits)?;
+            ops.write_rows(&mut dhidden, &rows, first)?;
+        }
+        Ok(dhidden)
+    }
+
+    /// Bytes a second that copying a large tensor reads and writes.
+    fn bandwidth(&self) -> Result<f64> {
+        let n = if self.ops.memory().is_some() { 1 << 30 } else { 1 << 26 };
+        let (mut y, x) = (self.ops.empty(&[n])?, self.ops.random(&[n], 1.0, 0, self.ops.activations())?);
+        let seconds = self.median(5, || Ok(self.ops.axpby(&mut y, 1.0, &x, 0.0)?))?;
+        Ok(2.0 * x.bytes() as f64 / seconds)
+    }
+
+    /// FLOP/s of the model's own matrix products on `tokens` rows, with `backward` input gradients for each forward,
+    /// weighted as a pass has them.
+    fn product_rate(&self, tokens: usize, backward: usize) -> Result<f64> {
+        let (ops, config) = (self.ops, self.decoder.config());
+        let (d, ff) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
+        let (mut work, mut time) = (0.0, 0.0);
+        for (out, input, count) in [(q, d, 1), (kv, d, 2), (d, q, 1), (ff, d, 2), (d, ff, 1)] {
+            let dtype = ops.activations();
+            let tensor = |rows: usize, columns: usize| ops.random(&[rows, columns], 1.0, 1, dtype);
+            let (x, w, y) = (tensor(tokens, input)?, tensor(out, input)?, tensor(tokens, out)?);
+            let (mut forward, mut gradient) = (ops.empty(&[tokens, out])?, ops.empty(&[tokens, input])?);
+            let mut seconds = self.median(self.args.repeat, || Ok(ops.gemm(&mut forward, &x, &w, Gemm::LINEAR)?))?;
+            if backward > 0 {
+                seconds +=
+                    self.median(self.args.repeat, || Ok(ops.gemm(&mut gradient, &y, &w, Gemm::INPUT_GRADIENT)?))?;
             }
-            decoder.train_backward(pass, &dhidden, &adapter, &mut gradients)?;
-            Ok(())
-        })?;
-        // Layer inputs are kept and the rest computed again: 2 forward, 2 recomputed, 2 backward. The output layer is
-        // not computed again, which this count does not take off.
-        let rate = 6.0 * config.parameter_count() as f64 * length as f64 / seconds / 1e9;
-        let alone = product_rate(config, &**ops, length, repeat)?;
-        table.row([
-            format!("{length} tokens"),
-            format!("{seconds:.2}"),
-            format!("{:.0}", length as f64 / seconds),
-            format!("{rate:.1}"),
-            format!("{alone:.1} GFLOP/s"),
-            format!("{:.0} %", 100.0 * rate / alone),
-        ]);
-        rows.push(json!({"tokens": length, "seconds": seconds, "gflops": rate, "products_gflops": alone}));
+            work += f64::from(count) * (1 + backward) as f64 * 2.0 * (tokens * out * input) as f64;
+            time += f64::from(count) * seconds;
+        }
+        ops.trim();
+        Ok(work / time)
     }
-    Ok((table, rows))
-}
 
-/// GFLOP/s of the model's own matrix products, forward and input gradient, weighted as a step has them.
-fn product_rate(config: &ModelConfig, ops: &dyn Ops, tokens: usize, repeat: usize) -> Result<f64> {
-    let (d, ff) = (config.hidden_size, config.intermediate_size);
-    let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-    let (mut work, mut time) = (0.0, 0.0);
-    for (out, input, count) in [(q, d, 1), (kv, d, 2), (d, q, 1), (ff, d, 2), (d, ff, 1)] {
-        let tensor = |rows: usize, columns: usize| ops.upload(vec![0.5; rows * columns], &[rows, columns], DType::F32);
-        let (x, w, y) = (tensor(tokens, input)?, tensor(out, input)?, tensor(tokens, out)?);
-        let (mut forward, mut backward) = (ops.empty(&[tokens, out])?, ops.empty(&[tokens, input])?);
-        let forward = median(repeat, || Ok(ops.gemm(&mut forward, &x, &w, Gemm::LINEAR)?))?;
-        let backward = median(repeat, || Ok(ops.gemm(&mut backward, &y, &w, Gemm::INPUT_GRADIENT)?))?;
-        let flop = 2.0 * (tokens * out * input) as f64;
-        // Two forward products (one computed again) and one backward a step.
-        work += f64::from(count) * 3.0 * flop;
-        time += f64::from(count) * (2.0 * forward + backward);
+    fn median(&self, repeat: usize, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+        f()?; // takes its memory
+        self.ops.synchronize()?;
+        let mut times = Vec::with_capacity(repeat);
+        for _ in 0..repeat {
+            let start = Instant::now();
+            f()?;
+            self.ops.synchronize()?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
     }
-    Ok(work / time / 1e9)
-}
 
-fn median(repeat: usize, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
-    f()?; // takes its memory
-    let mut times = Vec::with_capacity(repeat);
-    for _ in 0..repeat {
-        let start = Instant::now();
+    /// Runs `f` once more and prints what ran, if `--profile` asks for it.
+    fn profile(&self, what: &str, mut f: impl FnMut() -> Result<()>) -> Result<()> {
+        let Some(gpu) = self.ops.as_any().downcast_ref::<liger_cuda::Cuda>().filter(|_| self.args.profile) else {
+            return Ok(());
+        };
+        gpu.start_profile();
         f()?;
-        times.push(start.elapsed().as_secs_f64());
+        let mut table = Table::new([what, "runs", "ms"]);
+        for (name, runs, time) in gpu.finish_profile()?.into_iter().take(40) {
+            table.row([name, runs.to_string(), format!("{time:.3}")]);
+        }
+        print(&format!("{}\n", table.to_text()))
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
 }

@@ -4,11 +4,13 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use liger_eval::{Answers, BUCKETS, ConversionReport, Subject, scores_by_position, step_cost};
 use liger_model::checkpoint::{SaveFormat, load_adapter, save_model};
-use liger_model::{Adapter, Checkpoint, Decoder, GenerateOptions, Generator, LigerConfig, Message, Sampling, files};
+use liger_model::{
+    Adapter, Checkpoint, Decoder, GenerateOptions, Generator, LigerConfig, Message, Recompute, Sampling, files,
+};
 use liger_train::data::{Document, Documents, OwnText, write_conversations};
 use liger_train::{Event, Finished, Recipe, StepRecord, Trainer};
 
-use crate::common::{DeviceArgs, parse_count, prepare_folder, print};
+use crate::common::{DeviceArgs, RecomputeArg, mebibytes, parse_count, prepare_folder, print};
 use crate::interrupt::{self, Interrupted};
 use crate::progress::Progress;
 
@@ -60,6 +62,10 @@ pub struct Args {
     /// Write into a folder that is not empty, from the beginning
     #[arg(long)]
     force: bool,
+    /// What of a step's forward is kept: `none` computes nothing again, `layer` keeps memory small [default: auto, what
+    /// fits]
+    #[arg(long, value_enum, default_value = "auto")]
+    recompute: RecomputeArg,
     /// Print the scores as one JSON object
     #[arg(long)]
     json: bool,
@@ -128,7 +134,7 @@ pub fn run(args: &Args) -> Result<()> {
     let scores = measure(args, &teacher, &student, &adapter, &recipe, &texts)?;
     let answers = ask_both(args, &checkpoint, &teacher, &student, &adapter)?;
     let costs = |decoder: &Decoder, adapter: Option<&Adapter>| -> Result<Vec<_>> {
-        Ok(CONTEXTS.iter().map(|&context| step_cost(decoder, adapter, context, 8)).collect::<Result<_, _>>()?)
+        Ok(CONTEXTS.iter().map(|&context| step_cost(decoder, adapter, context, 1, 8)).collect::<Result<_, _>>()?)
     };
     let costs = [costs(&teacher, None)?, costs(&student, Some(&adapter))?];
     save_model(&out, &student, Some(&adapter), &checkpoint, checkpoint.stored_dtype, SaveFormat::Liger)?;
@@ -311,7 +317,10 @@ fn tune(
     stop: &std::sync::atomic::AtomicBool,
 ) -> Result<(Adapter, Vec<StepRecord>)> {
     let (training, validation) = (texts.training.clone(), &texts.validation);
-    let mut trainer = Trainer::new(student.clone(), recipe.clone(), training, validation, out, args.resume)?;
+    let tokens = recipe.train.micro_batch * recipe.data.length;
+    let recompute = args.recompute.choose(student, tokens);
+    tell_memory(student, tokens, recompute)?;
+    let mut trainer = Trainer::new(student.clone(), recipe.clone(), training, validation, out, args.resume, recompute)?;
     let mut progress = Progress::new("tune", "steps", trainer.steps());
     if trainer.step() > 0 {
         eprintln!("going on after step {}", trainer.step());
@@ -334,6 +343,21 @@ fn tune(
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let records = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     Ok((adapter, records))
+}
+
+/// Says what a step needs of a device's own memory, and refuses what cannot fit.
+fn tell_memory(student: &Decoder, tokens: usize, recompute: Recompute) -> Result<()> {
+    let Some((free, total)) = student.ops().memory() else { return Ok(()) };
+    let (kept, weights) = (student.kept_bytes(tokens, recompute), student.weights().bytes());
+    let needed = format!("needs {} of {}", mebibytes(weights + kept), mebibytes(total));
+    if kept > free {
+        bail!(
+            "tuning {needed}, of which {} are free; use --recompute layer, a smaller `train.micro_batch` or `data.length`",
+            mebibytes(free)
+        );
+    }
+    eprintln!("tuning {needed}");
+    Ok(())
 }
 
 fn measure(
