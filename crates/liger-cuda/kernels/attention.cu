@@ -4,13 +4,19 @@
 // of them sees, KEYS at a time, with a running maximum and sum. The backward has one kernel over rows (dq) and one over
 // keys (dk, dv), so that every element is written by one block and the result does not depend on timing.
 
+// DIM and GROUP (query heads of a key/value head) are fixed when the kernels are compiled.
 #define ROWS 64
-#define KEYS 32
-#define LOG_2E 1.4426950408889634f
+#define KEYS 64
+#define QUERIES 32
+#define THREADS 128
+#define WIDTH ((DIM + 15) / 16 * 16)
+#define LD (WIDTH + PAD)
+#define TOKENS (ROWS / GROUP)
+#define EVERYTHING 0x7fffffff
 
 struct AttentionSizes {
-    int heads, kv, group, dim, padded;
-    int window;      // of all keys: INT_MAX
+    int heads, kv;
+    int window;      // of all keys: EVERYTHING
     int sinks;
     int cache_rows;  // 0 without a cache
     int ring;        // whether the cache is a ring after the sinks
@@ -27,7 +33,7 @@ struct Visible {
     int oldest, low, sinks, count;
     __device__ Visible(const AttentionSizes& s, int oldest_, int from, int to) {
         oldest = oldest_;
-        low = s.window == 0x7fffffff ? oldest : max(from + 1 - s.window, oldest);
+        low = s.window == EVERYTHING ? oldest : max(from + 1 - s.window, oldest);
         sinks = max(min(s.sinks, low) - oldest, 0);
         count = sinks + to - low;
     }
@@ -42,233 +48,303 @@ __device__ __forceinline__ int cache_row(const AttentionSizes& s, int position) 
     return s.ring && position >= s.sinks ? s.sinks + (position - s.sinks) % s.window : position;
 }
 
-// Query rows r = (token, head of the group) of a block into a tile, zero where there is none.
-__device__ void load_queries(float* tile, const act* x, const BlockInfo& b, int first, int tokens, int head,
-                             const AttentionSizes& s) {
-    int ld = leading(s.padded);
-    for (int i = threadIdx.x; i < ROWS * s.padded; i += BLOCK_THREADS) {
-        int r = i / s.padded, d = i % s.padded, t = r / s.group;
-        long long at = (static_cast<long long>(b.start + first + t) * s.heads + head * s.group + r % s.group) * s.dim + d;
-        tile[r * ld + d] = t < tokens && d < s.dim ? to_float(x[at]) : 0.0f;
-    }
+// Row of [N, H] that query row r = (token, head of the group) of a block is.
+__device__ __forceinline__ long long row_of(const BlockInfo& b, const AttentionSizes& s, int head, int first, int r) {
+    return static_cast<long long>(b.start + first + r / GROUP) * s.heads + head * GROUP + r % GROUP;
 }
 
-extern __shared__ float4 shared_memory[];
+// COUNT query rows from token `first` into a tile, zero from token `tokens` on.
+template <int COUNT>
+__device__ __forceinline__ void load_queries(elem* tile, const act* x, const BlockInfo& b, int first, int tokens, int head,
+                                             const AttentionSizes& s) {
+    load_tile<COUNT, WIDTH, DIM, THREADS>(
+        tile, [&](int r) { return r / GROUP < tokens ? x + row_of(b, s, head, first, r) * DIM : nullptr; });
+}
 
-struct Carver {
-    float* next;
-    __device__ Carver() : next(reinterpret_cast<float*>(shared_memory)) {}
-    __device__ float* tile(int rows, int padded) {
-        float* tile = next;
-        next += rows * leading(padded);
-        return tile;
-    }
-};
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
 
-// out [N, H, D]; lse [N, H] (may be null): log of the sum of exponentials. Grid (blocks, K).
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(0xffffffffu, x, 1);
+    return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+template <int N> __device__ __forceinline__ void set_zero(float (&c)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.0f;
+}
+
+// out [N, H, D]; lse [N, H] (may be null): log of the sum of exponentials. A warp has 16 rows, whose scores and sums stay in
+// its registers. Grid (blocks, K).
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_forward(act* out, float* lse, const act* q, const act* k, const act* v, const act* cached_k,
                       const act* cached_v, const BlockInfo* blocks, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
-    int head = blockIdx.y, ld = leading(s.padded), per_block = ROWS / s.group;
-    int tokens = min(per_block, b.len - b.first), from = b.position + b.first;
+    int head = blockIdx.y;
+    int tokens = min(TOKENS, b.len - b.first), from = b.position + b.first;
     Visible visible(s, s.cache_rows > 0 ? 0 : b.position, from, from + tokens);
     Carver carve;
-    float* qt = carve.tile(ROWS, s.padded);
-    float* ot = carve.tile(ROWS, s.padded);
-    float* kt = carve.tile(KEYS, s.padded);
-    float* vt = carve.tile(KEYS, s.padded);
-    float* scores = carve.tile(ROWS, KEYS);
-    load_queries(qt, q, b, b.first, tokens, head, s);
-    for (int i = threadIdx.x; i < ROWS * ld; i += BLOCK_THREADS) ot[i] = 0.0f;
-    // Four threads share a row.
-    int row = threadIdx.x / 4, part = threadIdx.x % 4, own = from + row / s.group;
-    float best = NEGATIVE_INFINITY, sum = 0.0f;
+    elem* qt = carve.tile(ROWS, WIDTH);
+    elem* kt = carve.tile(KEYS, WIDTH);
+    elem* vt = carve.tile(KEYS, WIDTH);
+    load_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
+    int group = LANE >> 2, quad = LANE & 3, rows[2] = {WARP * 16 + group, WARP * 16 + group + 8};
+    float best[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0.0f, 0.0f}, acc[WIDTH / 8][4];
+    set_zero(acc);
     for (int first = 0; first < visible.count; first += KEYS) {
         __syncthreads();
-        for (int i = threadIdx.x; i < KEYS * s.padded; i += BLOCK_THREADS) {
-            int j = i / s.padded, d = i % s.padded;
-            float key = 0.0f, value = 0.0f;
-            if (first + j < visible.count && d < s.dim) {
-                int position = visible.position(first + j), t = position - b.position;
-                if (t >= 0) {
-                    long long at = (static_cast<long long>(b.start + t) * s.kv + head) * s.dim + d;
-                    key = to_float(k[at]), value = to_float(v[at]);
-                } else {
-                    long long at = (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position);
-                    key = to_float(cached_k[at * s.dim + d]), value = to_float(cached_v[at * s.dim + d]);
-                }
+        auto key_row = [&](const act* fresh, const act* cached, int j) -> const act* {
+            if (first + j >= visible.count) return nullptr;
+            int position = visible.position(first + j), t = position - b.position;
+            if (t >= 0) return fresh + (static_cast<long long>(b.start + t) * s.kv + head) * DIM;
+            return cached + ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * DIM;
+        };
+        load_tile<KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, cached_k, j); });
+        load_tile<KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
+        __syncthreads();
+        float scores[KEYS / 8][4];
+        set_zero(scores);
+        product<WIDTH, false, true>(scores, qt, LD, WARP * 16, kt, LD, 0);
+        float top[2] = {best[0], best[1]}, shrink[2], added[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int j = first + 8 * n + 2 * quad + (i & 1);
+                bool there = j < visible.count && sees(s, from + rows[i >> 1] / GROUP, visible.position(j));
+                scores[n][i] = there ? scores[n][i] * s.scale : NEGATIVE_INFINITY;
+                top[i >> 1] = fmaxf(top[i >> 1], scores[n][i]);
             }
-            kt[j * ld + d] = key, vt[j * ld + d] = value;
         }
-        __syncthreads();
-        tile_product<2>(ROWS, KEYS, s.padded, Tile{qt, ld, 1}, Tile{kt, 1, ld},
-                        [&](int i, int j, float x) { scores[i * (KEYS + 4) + j] = x * s.scale; });
-        __syncthreads();
-        float mine[KEYS / 4], top = best;
 #pragma unroll
-        for (int i = 0; i < KEYS / 4; i++) {
-            int j = part + 4 * i;
-            bool visible_here = first + j < visible.count && sees(s, own, visible.position(first + j));
-            mine[i] = visible_here ? scores[row * (KEYS + 4) + j] : NEGATIVE_INFINITY;
-            top = fmaxf(top, mine[i]);
+        for (int i = 0; i < 2; i++) {
+            top[i] = quad_max(top[i]);
+            shrink[i] = top[i] == NEGATIVE_INFINITY ? 1.0f : __expf(best[i] - top[i]);
+            best[i] = top[i];
         }
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        float shrink = top == NEGATIVE_INFINITY ? 1.0f : expf(best - top), added = 0.0f;
 #pragma unroll
-        for (int i = 0; i < KEYS / 4; i++) {
-            float p = top == NEGATIVE_INFINITY ? 0.0f : expf(mine[i] - top);
-            scores[row * (KEYS + 4) + part + 4 * i] = p;
-            added += p;
+        for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float p = top[i >> 1] == NEGATIVE_INFINITY ? 0.0f : __expf(scores[n][i] - top[i >> 1]);
+                scores[n][i] = p;
+                added[i >> 1] += p;
+            }
         }
-        added += __shfl_xor_sync(0xffffffffu, added, 1);
-        added += __shfl_xor_sync(0xffffffffu, added, 2);
-        sum = sum * shrink + added;
-        best = top;
-        for (int d = part; d < s.padded; d += 4) ot[row * ld + d] *= shrink;
-        __syncthreads();
-        tile_product<4>(ROWS, s.padded, KEYS, Tile{scores, KEYS + 4, 1}, Tile{vt, ld, 1},
-                        [&](int i, int j, float x) { ot[i * ld + j] += x; });
+        sum[0] = sum[0] * shrink[0] + quad_sum(added[0]);
+        sum[1] = sum[1] * shrink[1] + quad_sum(added[1]);
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++) {
+            acc[n][0] *= shrink[0], acc[n][1] *= shrink[0], acc[n][2] *= shrink[1], acc[n][3] *= shrink[1];
+        }
+        product_of_sums(acc, scores, vt, LD);
     }
-    __syncthreads();
-    if (row / s.group < tokens) {
-        long long at = static_cast<long long>(b.start + b.first + row / s.group) * s.heads + head * s.group + row % s.group;
-        for (int d = part; d < s.dim; d += 4) out[at * s.dim + d] = from_float<act>(ot[row * ld + d] / sum);
-        if (lse != nullptr && part == 0) lse[at] = best + logf(sum);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (rows[i] / GROUP >= tokens) continue;
+        long long at = row_of(b, s, head, b.first, rows[i]);
+        float scale = 1.0f / sum[i];
+        if (lse != nullptr && quad == 0) lse[at] = best[i] + logf(sum[i]);
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++) {
+            int d = 8 * n + 2 * quad;
+            // DIM is even: RoPE turns pairs.
+            if (d < DIM) store2(out + at * DIM + d, acc[n][2 * i] * scale, acc[n][2 * i + 1] * scale);
+        }
     }
 }
 
 // inner [N * H] = sum over D of out dout; one warp a row.
-extern "C" __global__ void attention_inner(float* inner, const act* out, const act* dout, int dim, int rows) {
+extern "C" __global__ void attention_inner(float* inner, const act* out, const act* dout, int rows) {
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
-    long long at = static_cast<long long>(row) * dim;
+    long long at = static_cast<long long>(row) * DIM;
     float sum = 0.0f;
-    for (int d = threadIdx.x; d < dim; d += 32) sum += to_float(out[at + d]) * to_float(dout[at + d]);
+    for (int d = threadIdx.x; d < DIM; d += 32) sum += to_float(out[at + d]) * to_float(dout[at + d]);
     sum = warp_sum(sum);
     if (threadIdx.x == 0) inner[row] = sum;
 }
 
-// Probabilities and score gradients of a tile: P = exp(scale q k - lse), dS = P (do v - inner) scale. Both tiles hold the
-// products before.
-__device__ void score_gradients(float* p, float* ds, const float* lse, const float* inner, const BlockInfo& b, int first,
-                                int tokens, int head, const Visible& visible, int first_key, const AttentionSizes& s) {
-    for (int i = threadIdx.x; i < ROWS * KEYS; i += BLOCK_THREADS) {
-        int r = i / KEYS, j = i % KEYS, t = r / s.group, at = r * (KEYS + 4) + j;
-        bool inside = t < tokens && first_key + j < visible.count &&
-                      sees(s, b.position + first + t, visible.position(first_key + j));
-        float weight = 0.0f, slope = 0.0f;
-        if (inside) {
-            long long row = static_cast<long long>(b.start + first + t) * s.heads + head * s.group + r % s.group;
-            weight = expf(p[at] * s.scale - lse[row]);
-            slope = weight * (ds[at] - inner[row]) * s.scale;
-        }
-        p[at] = weight, ds[at] = slope;
-    }
-}
-
-// dq; grid (blocks of rows, K).
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    attention_backward_rows(act* dq, const act* q, const act* k, const act* v, const act* dout, const float* lse,
-                            const float* inner, const BlockInfo* blocks, AttentionSizes s) {
-    BlockInfo b = blocks[blockIdx.x];
-    int head = blockIdx.y, ld = leading(s.padded), per_block = ROWS / s.group;
-    int tokens = min(per_block, b.len - b.first), from = b.position + b.first;
-    Visible visible(s, b.position, from, from + tokens);
-    Carver carve;
-    float* qt = carve.tile(ROWS, s.padded);
-    float* dot = carve.tile(ROWS, s.padded);
-    float* dqt = carve.tile(ROWS, s.padded);
-    float* kt = carve.tile(KEYS, s.padded);
-    float* vt = carve.tile(KEYS, s.padded);
-    float* p = carve.tile(ROWS, KEYS);
-    float* ds = carve.tile(ROWS, KEYS);
-    load_queries(qt, q, b, b.first, tokens, head, s);
-    load_queries(dot, dout, b, b.first, tokens, head, s);
-    for (int i = threadIdx.x; i < ROWS * ld; i += BLOCK_THREADS) dqt[i] = 0.0f;
-    for (int first = 0; first < visible.count; first += KEYS) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < KEYS * s.padded; i += BLOCK_THREADS) {
-            int j = i / s.padded, d = i % s.padded;
-            bool inside = first + j < visible.count && d < s.dim;
-            int t = visible.position(first + j) - b.position;
-            long long at = (static_cast<long long>(b.start + t) * s.kv + head) * s.dim + d;
-            kt[j * ld + d] = inside ? to_float(k[at]) : 0.0f;
-            vt[j * ld + d] = inside ? to_float(v[at]) : 0.0f;
-        }
-        __syncthreads();
-        tile_product<2>(ROWS, KEYS, s.padded, Tile{qt, ld, 1}, Tile{kt, 1, ld},
-                        [&](int i, int j, float x) { p[i * (KEYS + 4) + j] = x; });
-        tile_product<2>(ROWS, KEYS, s.padded, Tile{dot, ld, 1}, Tile{vt, 1, ld},
-                        [&](int i, int j, float x) { ds[i * (KEYS + 4) + j] = x; });
-        __syncthreads();
-        score_gradients(p, ds, lse, inner, b, b.first, tokens, head, visible, first, s);
-        __syncthreads();
-        tile_product<4>(ROWS, s.padded, KEYS, Tile{ds, KEYS + 4, 1}, Tile{kt, ld, 1},
-                        [&](int i, int j, float x) { dqt[i * ld + j] += x; });
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < tokens * s.group * s.dim; i += BLOCK_THREADS) {
-        int r = i / s.dim, d = i % s.dim;
-        long long row = static_cast<long long>(b.start + b.first + r / s.group) * s.heads + head * s.group + r % s.group;
-        dq[row * s.dim + d] = from_float<act>(dqt[r * ld + d]);
-    }
-}
-
-// dk, dv; grid (blocks of KEYS keys, K). The first block of a text with sinks is looked at by every later token.
-extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    attention_backward_keys(act* dk, act* dv, const act* q, const act* k, const act* v, const act* dout,
+// dq, and what the rows of each block give to the gradients of the sinks: parts [blocks, K, 2, 16, D] (dk, dv), if there are
+// sinks; at most 16. Grid (blocks, K).
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_backward_rows(act* dq, float* parts, const act* q, const act* k, const act* v, const act* dout,
                             const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
-    int head = blockIdx.y, ld = leading(s.padded), per_block = ROWS / s.group;
-    int keys = min(KEYS, b.len - b.first), position = b.position + b.first;
+    int head = blockIdx.y;
+    int tokens = min(TOKENS, b.len - b.first), from = b.position + b.first;
+    Visible visible(s, b.position, from, from + tokens);
     Carver carve;
-    float* kt = carve.tile(KEYS, s.padded);
-    float* vt = carve.tile(KEYS, s.padded);
-    float* dkt = carve.tile(KEYS, s.padded);
-    float* dvt = carve.tile(KEYS, s.padded);
-    float* qt = carve.tile(ROWS, s.padded);
-    float* dot = carve.tile(ROWS, s.padded);
-    float* p = carve.tile(ROWS, KEYS);
-    float* ds = carve.tile(ROWS, KEYS);
-    // The keys of this block as if they were all that is visible.
-    Visible visible(s, position, position, position + keys);
-    visible.low = position, visible.sinks = 0, visible.count = keys;
-    for (int i = threadIdx.x; i < KEYS * s.padded; i += BLOCK_THREADS) {
-        int j = i / s.padded, d = i % s.padded;
-        bool inside = j < keys && d < s.dim;
-        long long at = (static_cast<long long>(b.start + b.first + j) * s.kv + head) * s.dim + d;
-        kt[j * ld + d] = inside ? to_float(k[at]) : 0.0f;
-        vt[j * ld + d] = inside ? to_float(v[at]) : 0.0f;
-        dkt[j * ld + d] = 0.0f, dvt[j * ld + d] = 0.0f;
+    elem* qt = carve.tile(ROWS, WIDTH);
+    elem* dot = carve.tile(ROWS, WIDTH);
+    elem* kt = carve.tile(QUERIES, WIDTH);
+    elem* vt = carve.tile(QUERIES, WIDTH);
+    elem* p_sinks = carve.tile(ROWS, 16);
+    elem* ds_sinks = carve.tile(ROWS, 16);
+    load_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
+    load_queries<ROWS>(dot, dout, b, b.first, tokens, head, s);
+    int group = LANE >> 2, quad = LANE & 3, rows[2] = {WARP * 16 + group, WARP * 16 + group + 8};
+    float row_lse[2], row_inner[2], acc[WIDTH / 8][4];
+    set_zero(acc);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        bool inside = rows[i] / GROUP < tokens;
+        long long at = row_of(b, s, head, b.first, rows[i]);
+        row_lse[i] = inside ? lse[at] : 0.0f;
+        row_inner[i] = inside ? inner[at] : 0.0f;
     }
-    bool to_the_end = s.window == 0x7fffffff || position < s.sinks;
-    int last = to_the_end ? b.len : min(b.len, b.first + keys - 1 + s.window);
-    for (int first = b.first; first < last; first += per_block) {
-        int tokens = min(per_block, last - first);
+    for (int first = 0; first < visible.count; first += QUERIES) {
         __syncthreads();
-        load_queries(qt, q, b, first, tokens, head, s);
-        load_queries(dot, dout, b, first, tokens, head, s);
+        auto key_row = [&](const act* x, int j) -> const act* {
+            if (first + j >= visible.count) return nullptr;
+            return x + (static_cast<long long>(b.start + visible.position(first + j) - b.position) * s.kv + head) * DIM;
+        };
+        load_tile<QUERIES, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, j); });
+        load_tile<QUERIES, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, j); });
         __syncthreads();
-        tile_product<2>(ROWS, KEYS, s.padded, Tile{qt, ld, 1}, Tile{kt, 1, ld},
-                        [&](int i, int j, float x) { p[i * (KEYS + 4) + j] = x; });
-        tile_product<2>(ROWS, KEYS, s.padded, Tile{dot, ld, 1}, Tile{vt, 1, ld},
-                        [&](int i, int j, float x) { ds[i * (KEYS + 4) + j] = x; });
-        __syncthreads();
-        score_gradients(p, ds, lse, inner, b, first, tokens, head, visible, 0, s);
-        __syncthreads();
-        tile_product<4>(KEYS, s.padded, ROWS, Tile{p, 1, KEYS + 4}, Tile{dot, ld, 1},
-                        [&](int i, int j, float x) { dvt[i * ld + j] += x; });
-        tile_product<4>(KEYS, s.padded, ROWS, Tile{ds, 1, KEYS + 4}, Tile{qt, ld, 1},
-                        [&](int i, int j, float x) { dkt[i * ld + j] += x; });
+        float p[QUERIES / 8][4], ds[QUERIES / 8][4];
+        set_zero(p);
+        set_zero(ds);
+        product<WIDTH, false, true>(p, qt, LD, WARP * 16, kt, LD, 0);
+        product<WIDTH, false, true>(ds, dot, LD, WARP * 16, vt, LD, 0);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int j = first + 8 * n + 2 * quad + (i & 1), t = rows[i >> 1] / GROUP;
+                bool there = t < tokens && j < visible.count && sees(s, from + t, visible.position(j));
+                p[n][i] = there ? __expf(p[n][i] * s.scale - row_lse[i >> 1]) : 0.0f;
+                ds[n][i] = p[n][i] * (ds[n][i] - row_inner[i >> 1]) * s.scale;
+                // Sinks that the row's window does not reach: their gradients are this kernel's. The key of a sink is
+                // number `position - oldest` of those visible.
+                if (first == 0 && n < 2) {
+                    int at = rows[i >> 1] * (16 + PAD) + 8 * n + 2 * quad + (i & 1);
+                    int position = visible.position(j);
+                    bool sink = there && position < s.sinks && from + t - position >= s.window;
+                    p_sinks[at] = from_float<elem>(sink ? p[n][i] : 0.0f);
+                    ds_sinks[at] = from_float<elem>(sink ? ds[n][i] : 0.0f);
+                }
+            }
+        }
+        product_of_sums(acc, ds, kt, LD);
     }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (rows[i] / GROUP >= tokens) continue;
+        long long at = row_of(b, s, head, b.first, rows[i]) * DIM;
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++) {
+            int d = 8 * n + 2 * quad;
+            if (d < DIM) store2(dq + at + d, acc[n][2 * i], acc[n][2 * i + 1]);
+        }
+    }
+    if (parts == nullptr) return;
     __syncthreads();
-    for (int i = threadIdx.x; i < keys * s.dim; i += BLOCK_THREADS) {
-        int j = i / s.dim, d = i % s.dim;
-        long long at = (static_cast<long long>(b.start + b.first + j) * s.kv + head) * s.dim + d;
-        dk[at] = from_float<act>(dkt[j * ld + d]);
-        dv[at] = from_float<act>(dvt[j * ld + d]);
+    float* part = parts + (static_cast<long long>(blockIdx.x) * s.kv + head) * 2 * 16 * DIM;
+    // [16, D] twice: warps share the columns.
+    for (int column = WARP * 8; column < WIDTH; column += THREADS / 32 * 8) {
+        float dk[1][4], dv[1][4];
+        set_zero(dk);
+        set_zero(dv);
+        product<ROWS, true, false>(dk, ds_sinks, 16 + PAD, 0, qt, LD, column);
+        product<ROWS, true, false>(dv, p_sinks, 16 + PAD, 0, dot, LD, column);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int j = group + (i >> 1) * 8, d = column + 2 * quad + (i & 1);
+            if (d < DIM) part[j * DIM + d] = dk[0][i], part[(16 + j) * DIM + d] = dv[0][i];
+        }
+    }
+}
+
+// dk, dv of what the window reaches (of everything without one). A warp has 16 keys; scores are taken transposed, so that
+// they can be the left factor of both gradients. Grid (blocks of KEYS keys, K).
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_backward_keys(act* dk, act* dv, const act* q, const act* k, const act* v, const act* dout,
+                            const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
+    __shared__ float row_lse[QUERIES], row_inner[QUERIES];
+    BlockInfo b = blocks[blockIdx.x];
+    int head = blockIdx.y;
+    int count = min(KEYS, b.len - b.first);
+    constexpr int PER_LOAD = QUERIES >= GROUP ? QUERIES / GROUP : 1;
+    Carver carve;
+    elem* kt = carve.tile(KEYS, WIDTH);
+    elem* vt = carve.tile(KEYS, WIDTH);
+    elem* qt = carve.tile(QUERIES, WIDTH);
+    elem* dot = carve.tile(QUERIES, WIDTH);
+    auto key_row = [&](const act* x, int j) -> const act* {
+        return j < count ? x + (static_cast<long long>(b.start + b.first + j) * s.kv + head) * DIM : nullptr;
+    };
+    load_tile<KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, j); });
+    load_tile<KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, j); });
+    int group = LANE >> 2, quad = LANE & 3, keys[2] = {WARP * 16 + group, WARP * 16 + group + 8};
+    float acc_k[WIDTH / 8][4], acc_v[WIDTH / 8][4];
+    set_zero(acc_k);
+    set_zero(acc_v);
+    int last = s.window == EVERYTHING ? b.len : min(b.len, b.first + count - 1 + s.window);
+    for (int first = b.first; first < last; first += PER_LOAD) {
+        int tokens = min(PER_LOAD, last - first);
+        __syncthreads();
+        load_queries<QUERIES>(qt, q, b, first, tokens, head, s);
+        load_queries<QUERIES>(dot, dout, b, first, tokens, head, s);
+        if (threadIdx.x < QUERIES) {
+            bool inside = threadIdx.x / GROUP < tokens;
+            long long at = row_of(b, s, head, first, threadIdx.x);
+            row_lse[threadIdx.x] = inside ? lse[at] : 0.0f;
+            row_inner[threadIdx.x] = inside ? inner[at] : 0.0f;
+        }
+        __syncthreads();
+        float p[QUERIES / 8][4], ds[QUERIES / 8][4];
+        set_zero(p);
+        set_zero(ds);
+        product<WIDTH, false, true>(p, kt, LD, WARP * 16, qt, LD, 0);
+        product<WIDTH, false, true>(ds, vt, LD, WARP * 16, dot, LD, 0);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int r = 8 * n + 2 * quad + (i & 1), t = r / GROUP, key = b.first + keys[i >> 1], distance = first + t - key;
+                bool there = t < tokens && keys[i >> 1] < count && distance >= 0 && distance < s.window;
+                p[n][i] = there ? __expf(p[n][i] * s.scale - row_lse[r]) : 0.0f;
+                ds[n][i] = p[n][i] * (ds[n][i] - row_inner[r]) * s.scale;
+            }
+        }
+        product_of_sums(acc_v, p, dot, LD);
+        product_of_sums(acc_k, ds, qt, LD);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (keys[i] >= count) continue;
+        long long at = (static_cast<long long>(b.start + b.first + keys[i]) * s.kv + head) * DIM;
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++) {
+            int d = 8 * n + 2 * quad;
+            if (d < DIM) {
+                store2(dk + at + d, acc_k[n][2 * i], acc_k[n][2 * i + 1]);
+                store2(dv + at + d, acc_v[n][2 * i], acc_v[n][2 * i + 1]);
+            }
+        }
+    }
+}
+
+// Adds the parts of the sinks' gradients. `stride` blocks lie between two of one text, whose first is `place`; a text has
+// `count` of them. Grid (sequences, K * sinks).
+extern "C" __global__ void attention_add_sinks(act* dk, act* dv, const float* parts, const BlockInfo* blocks, int block_count,
+                                               AttentionSizes s) {
+    int head = blockIdx.y / s.sinks, j = blockIdx.y % s.sinks;
+    BlockInfo own = blocks[blockIdx.x];  // the first blocks of all texts come first
+    if (own.position + j >= s.sinks || j >= own.len) return;
+    for (int d = threadIdx.x; d < DIM; d += blockDim.x) {
+        float sum_k = 0.0f, sum_v = 0.0f;
+        for (int i = 0; i < block_count; i++) {
+            if (blocks[i].start != own.start) continue;
+            const float* part = parts + (static_cast<long long>(i) * s.kv + head) * 2 * 16 * DIM;
+            sum_k += part[j * DIM + d], sum_v += part[(16 + j) * DIM + d];
+        }
+        long long at = (static_cast<long long>(own.start + j) * s.kv + head) * DIM + d;
+        dk[at] = from_float<act>(to_float(dk[at]) + sum_k);
+        dv[at] = from_float<act>(to_float(dv[at]) + sum_v);
     }
 }
 
@@ -279,24 +355,24 @@ extern "C" __global__ void cache_insert(act* cached_k, act* cached_v, const act*
     BlockInfo b = rows[blockIdx.x];
     int position = b.position + b.first;
     if (s.ring && position >= s.sinks && b.len - b.first > s.window) return;
-    for (int i = threadIdx.x; i < s.kv * s.dim; i += blockDim.x) {
-        int head = i / s.dim, d = i % s.dim;
-        long long to = ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * s.dim + d;
-        long long from = static_cast<long long>(b.start + b.first) * s.kv * s.dim + i;
+    for (int i = threadIdx.x; i < s.kv * DIM; i += blockDim.x) {
+        int head = i / DIM, d = i % DIM;
+        long long to = ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * DIM + d;
+        long long from = static_cast<long long>(b.start + b.first) * s.kv * DIM + i;
         cached_k[to] = k[from], cached_v[to] = v[from];
     }
 }
 
 // Copies [heads, old_rows, D] into the front of [heads, new_rows, D].
-extern "C" __global__ void cache_grow(act* grown, const act* old, int old_rows, int new_rows, int dim, long long n) {
+extern "C" __global__ void cache_grow(act* grown, const act* old, int old_rows, int new_rows, long long n) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
-    long long head = i / (static_cast<long long>(old_rows) * dim), rest = i % (static_cast<long long>(old_rows) * dim);
-    grown[head * new_rows * dim + rest] = old[i];
+    long long head = i / (static_cast<long long>(old_rows) * DIM), rest = i % (static_cast<long long>(old_rows) * DIM);
+    grown[head * new_rows * DIM + rest] = old[i];
 }
 
 #define STEP_HEADS 4
-#define STEP_DIMS 8
+#define STEP_DIMS ((DIM + 31) / 32)
 
 // One token a sequence, its own key already in the cache: keys `split * per_split ..` of it by 8 warps, one key a warp at a
 // time. With one split `out` is written, else parts [sequences, H, splits, D + 2]: maximum, sum, weighted values.
@@ -307,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(256)
     __shared__ float shared_best[8][STEP_HEADS], shared_sum[8][STEP_HEADS];
     __shared__ float shared_acc[8][STEP_HEADS][32 * STEP_DIMS];
     BlockInfo b = rows[blockIdx.z];
-    int slices = (s.group + STEP_HEADS - 1) / STEP_HEADS;
+    int slices = (GROUP + STEP_HEADS - 1) / STEP_HEADS;
     int head = blockIdx.y / slices, first_g = blockIdx.y % slices * STEP_HEADS;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int valid = b.position + 1;
@@ -320,21 +396,21 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int i = 0; i < STEP_DIMS; i++) {
             int d = lane + 32 * i;
-            long long at = (static_cast<long long>(b.start) * s.heads + head * s.group + first_g + g) * s.dim + d;
-            query[g][i] = first_g + g < s.group && d < s.dim ? to_float(q[at]) * s.scale : 0.0f;
+            long long at = (static_cast<long long>(b.start) * s.heads + head * GROUP + first_g + g) * DIM + d;
+            query[g][i] = first_g + g < GROUP && d < DIM ? to_float(q[at]) * s.scale : 0.0f;
             acc[g][i] = 0.0f;
         }
     }
     long long base = (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows;
     for (int j = begin + warp; j < end; j += 8) {
-        const act* key = cached_k + (base + j) * s.dim;
-        const act* value = cached_v + (base + j) * s.dim;
+        const act* key = cached_k + (base + j) * DIM;
+        const act* value = cached_v + (base + j) * DIM;
         float kd[STEP_DIMS], vd[STEP_DIMS];
 #pragma unroll
         for (int i = 0; i < STEP_DIMS; i++) {
             int d = lane + 32 * i;
-            kd[i] = d < s.dim ? to_float(key[d]) : 0.0f;
-            vd[i] = d < s.dim ? to_float(value[d]) : 0.0f;
+            kd[i] = d < DIM ? to_float(key[d]) : 0.0f;
+            vd[i] = d < DIM ? to_float(value[d]) : 0.0f;
         }
 #pragma unroll
         for (int g = 0; g < STEP_HEADS; g++) {
@@ -356,9 +432,9 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int i = 0; i < STEP_DIMS; i++) shared_acc[warp][g][lane + 32 * i] = acc[g][i];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < STEP_HEADS * s.dim; i += blockDim.x) {
-        int g = i / s.dim, d = i % s.dim;
-        if (first_g + g >= s.group) continue;
+    for (int i = threadIdx.x; i < STEP_HEADS * DIM; i += blockDim.x) {
+        int g = i / DIM, d = i % DIM;
+        if (first_g + g >= GROUP) continue;
         float top = NEGATIVE_INFINITY, total = 0.0f, value = 0.0f;
         for (int w = 0; w < 8; w++) top = fmaxf(top, shared_best[w][g]);
         for (int w = 0; w < 8; w++) {
@@ -366,26 +442,26 @@ extern "C" __global__ void __launch_bounds__(256)
             total += weight * shared_sum[w][g];
             value += weight * shared_acc[w][g][d];
         }
-        long long row = static_cast<long long>(b.start) * s.heads + head * s.group + first_g + g;
+        long long row = static_cast<long long>(b.start) * s.heads + head * GROUP + first_g + g;
         if (gridDim.x == 1) {
-            out[row * s.dim + d] = from_float<act>(value / total);
+            out[row * DIM + d] = from_float<act>(value / total);
             continue;
         }
-        float* part = parts + (row * gridDim.x + blockIdx.x) * (s.dim + 2);
+        float* part = parts + (row * gridDim.x + blockIdx.x) * (DIM + 2);
         if (d == 0) part[0] = top, part[1] = total;
         part[2 + d] = value;
     }
 }
 
 // Merges the splits; one block a row of [sequences * H].
-extern "C" __global__ void attention_merge(act* out, const float* parts, int splits, int dim) {
-    const float* part = parts + static_cast<long long>(blockIdx.x) * splits * (dim + 2);
+extern "C" __global__ void attention_merge(act* out, const float* parts, int splits) {
+    const float* part = parts + static_cast<long long>(blockIdx.x) * splits * (DIM + 2);
     float top = NEGATIVE_INFINITY, total = 0.0f;
-    for (int i = 0; i < splits; i++) top = fmaxf(top, part[i * (dim + 2)]);
-    for (int i = 0; i < splits; i++) total += expf(part[i * (dim + 2)] - top) * part[i * (dim + 2) + 1];
-    for (int d = threadIdx.x; d < dim; d += blockDim.x) {
+    for (int i = 0; i < splits; i++) top = fmaxf(top, part[i * (DIM + 2)]);
+    for (int i = 0; i < splits; i++) total += expf(part[i * (DIM + 2)] - top) * part[i * (DIM + 2) + 1];
+    for (int d = threadIdx.x; d < DIM; d += blockDim.x) {
         float value = 0.0f;
-        for (int i = 0; i < splits; i++) value += expf(part[i * (dim + 2)] - top) * part[i * (dim + 2) + 2 + d];
-        out[static_cast<long long>(blockIdx.x) * dim + d] = from_float<act>(value / total);
+        for (int i = 0; i < splits; i++) value += expf(part[i * (DIM + 2)] - top) * part[i * (DIM + 2) + 2 + d];
+        out[static_cast<long long>(blockIdx.x) * DIM + d] = from_float<act>(value / total);
     }
 }

@@ -1,15 +1,20 @@
 //! Softmax attention: sizes and blocks for `kernels/attention.cu`, and the key/value cache.
 
-use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::{AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor};
 
-use crate::compile::Source;
-use crate::driver::{Arg, Launch};
+use crate::compile::{Source, Variant};
+use crate::driver::{Arg, Block, Launch};
 use crate::rowwise::same_length;
-use crate::{Cuda, pointer, tile_bytes, typed};
+use crate::{Cuda, pointer, shared_bytes};
 
-/// Rows and keys of a block: `ROWS` and `KEYS` of the kernels.
+/// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `QUERIES` of the kernels.
 const ROWS: usize = 64;
-const KEYS: usize = 32;
+const KEYS: usize = 64;
+const QUERIES: usize = 32;
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Sinks that the backward has room for.
+const MOST_SINKS: usize = 16;
 /// Query heads that one block of the one-token kernel takes: `STEP_HEADS`.
 const STEP_HEADS: usize = 4;
 /// Keys that a block of the one-token kernel looks at before the text is split over several.
@@ -28,13 +33,13 @@ pub(crate) struct Heads {
 impl Heads {
     pub(crate) fn of(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Self> {
         let heads = Self { query: q.dim(1), kv: k.dim(1), dim: q.dim(2) };
-        let grouped = heads.kv > 0 && heads.query.is_multiple_of(heads.kv) && heads.group() <= ROWS;
-        let fits = grouped && k.dim(2) == heads.dim && heads.dim <= LARGEST_HEAD;
+        let grouped = heads.kv > 0 && heads.query.is_multiple_of(heads.kv) && heads.group() <= QUERIES;
+        let fits = grouped && k.dim(2) == heads.dim && heads.dim <= LARGEST_HEAD && heads.dim.is_multiple_of(2);
         if fits && q.dim(0) == k.dim(0) && q.dim(0) == sequences.rows() {
             return Ok(heads);
         }
         let expected = format!(
-            "{} rows of query heads that are a multiple of {:?}'s, each of at most {LARGEST_HEAD}",
+            "{} rows of query heads that are a multiple of {:?}'s, each of an even size of at most {LARGEST_HEAD}",
             sequences.rows(),
             k.shape()
         );
@@ -46,16 +51,20 @@ impl Heads {
     }
 
     fn padded(self) -> usize {
-        self.dim.next_multiple_of(32)
+        self.dim.next_multiple_of(16)
     }
 
     /// `AttentionSizes` of the kernels.
-    fn words(self, spec: AttentionSpec, cache_rows: usize) -> [i32; 10] {
-        let whole = [self.query, self.kv, self.group(), self.dim, self.padded()].map(|x| x as i32);
+    fn words(self, spec: AttentionSpec, cache_rows: usize) -> [i32; 7] {
         let window = spec.window.map_or(i32::MAX, |w| w as i32);
         let scale = (1.0 / (self.dim as f32).sqrt()).to_bits() as i32;
         let ring = i32::from(spec.window.is_some());
-        [whole[0], whole[1], whole[2], whole[3], whole[4], window, spec.sinks as i32, cache_rows as i32, ring, scale]
+        let [query, kv, sinks, cache_rows] = [self.query, self.kv, spec.sinks, cache_rows].map(|x| x as i32);
+        [query, kv, window, sinks, cache_rows, ring, scale]
+    }
+
+    fn variant(self, activations: DType) -> Variant {
+        Variant { activations, sizes: [self.dim, self.group(), 0, 0, 0] }
     }
 }
 
@@ -109,8 +118,8 @@ impl Cuda {
         let blocks = self.batch(sequences)?.blocks(&self.gpu, ROWS / heads.group())?;
         let words = heads.words(spec, cache_rows);
         let padded = heads.padded();
-        let shared = tile_bytes(&[(ROWS, padded), (ROWS, padded), (KEYS, padded), (KEYS, padded), (ROWS, KEYS)]);
-        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (256, 1), shared };
+        let shared = shared_bytes(self.activations, &[(ROWS + 2 * KEYS, padded)], &[]);
+        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
         let args = [
             self.act(NAME, out)?,
             Arg::Pointer(lse),
@@ -122,7 +131,11 @@ impl Cuda {
             Arg::Pointer(blocks.0.pointer),
             Arg::Words(&words),
         ];
-        self.launch((Source::Attention, NAME), launch, &args)
+        self.attention_kernel(NAME, heads, launch, &args)
+    }
+
+    fn attention_kernel(&self, name: &'static str, heads: Heads, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+        self.gpu.launch((Source::Attention, name), heads.variant(self.activations), launch, args)
     }
 
     /// Grows a cache without a window to hold the positions to come.
@@ -147,10 +160,9 @@ impl Cuda {
                 Arg::Pointer(if n > 0 { pointer("cache", tensor)? } else { 0 }),
                 Arg::Int(have as i32),
                 Arg::Int(grown_rows as i32),
-                Arg::Int(heads.dim as i32),
                 Arg::Long(n as i64),
             ];
-            self.gpu.launch((Source::Attention, "cache_grow"), tensor.dtype(), Launch::over(n, 1), &args)?;
+            self.attention_kernel("cache_grow", heads, Launch::over(n, 1), &args)?;
             *tensor = grown;
         }
         Ok(())
@@ -175,7 +187,7 @@ impl Cuda {
             Arg::Words(&words),
         ];
         let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), shared: 0 };
-        self.launch((Source::Attention, "cache_insert"), launch, &args)
+        self.attention_kernel("cache_insert", heads, launch, &args)
     }
 
     fn attention_step(
@@ -209,14 +221,13 @@ impl Cuda {
         ];
         let slices = heads.kv * heads.group().div_ceil(STEP_HEADS);
         let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), shared: 0 };
-        self.launch((Source::Attention, NAME), launch, &args)?;
+        self.attention_kernel(NAME, heads, launch, &args)?;
         if splits == 1 {
             return Ok(());
         }
-        let args =
-            [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32), Arg::Int(heads.dim as i32)];
+        let args = [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32)];
         let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
-        self.launch((Source::Attention, "attention_merge"), launch, &args)
+        self.attention_kernel("attention_merge", heads, launch, &args)
     }
 
     /// The forward runs once more for the rows' log-sum-exp; then one kernel by rows and one by keys.
@@ -240,34 +251,42 @@ impl Cuda {
         let inner = self.gpu.allocate(rows * 4)?;
         let again = self.tensor(q.shape(), self.activations)?;
         self.attention_blocks(&again, (q, k, v), sequences, spec, None, lse.pointer)?;
-        let args = [
-            Arg::Pointer(inner.pointer),
-            self.act(NAME, out)?,
-            self.act(NAME, dout)?,
-            Arg::Int(heads.dim as i32),
-            Arg::Int(rows as i32),
-        ];
-        self.launch((Source::Attention, "attention_inner"), Launch::warp_rows(rows), &args)?;
+        let args = [Arg::Pointer(inner.pointer), self.act(NAME, out)?, self.act(NAME, dout)?, Arg::Int(rows as i32)];
+        self.attention_kernel("attention_inner", heads, Launch::warp_rows(rows), &args)?;
 
         let batch = self.batch(sequences)?;
         let (words, padded) = (heads.words(spec, 0), heads.padded());
         let inputs = [self.act(NAME, q)?, self.act(NAME, k)?, self.act(NAME, v)?, self.act(NAME, dout)?];
         let [lse, inner] = [Arg::Pointer(lse.pointer), Arg::Pointer(inner.pointer)];
-        let run = |name: &'static str, outputs: &[Arg<'_>], block: usize, tiles: [usize; 2]| -> Result<()> {
-            let blocks = batch.blocks(&self.gpu, block)?;
-            let mut args = outputs.to_vec();
-            args.extend(inputs);
-            args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
-            let shared = tile_bytes(&[(ROWS * tiles[0] + KEYS * tiles[1], padded), (2 * ROWS, KEYS)]);
-            let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (256, 1), shared };
-            self.launch((Source::Attention, name), launch, &args)
-        };
-        run(
-            "attention_backward_rows",
-            &[Arg::Pointer(typed(NAME, dq, self.activations)?)],
-            ROWS / heads.group(),
-            [3, 2],
-        )?;
-        run("attention_backward_keys", &[self.act(NAME, dk)?, self.act(NAME, dv)?], KEYS, [2, 4])
+        // Sinks that a window does not reach get their gradients from the kernel by rows, one part a block.
+        let sinks = if spec.window.is_some() { spec.sinks } else { 0 };
+        if sinks > MOST_SINKS {
+            let expected = format!("at most {MOST_SINKS} sinks, found {sinks}");
+            return Err(Error::Shape { operation: NAME, found: k.shape().to_vec(), expected });
+        }
+        let by_rows = batch.blocks(&self.gpu, ROWS / heads.group())?;
+        let part = heads.kv * 2 * MOST_SINKS * heads.dim * 4;
+        let parts = if sinks > 0 { Some(self.gpu.allocate(by_rows.1 * part)?) } else { None };
+        let parts = Arg::Pointer(parts.as_ref().map_or(0, |p| p.pointer));
+        let run =
+            |name: &'static str, outputs: [Arg<'static>; 2], blocks: &(Block, usize), tiles: &[(usize, usize)]| {
+                let mut args = outputs.to_vec();
+                args.extend(inputs);
+                args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
+                let shared = shared_bytes(self.activations, tiles, &[]);
+                let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
+                self.attention_kernel(name, heads, launch, &args)
+            };
+        let tiles = [(2 * ROWS + 2 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
+        run("attention_backward_rows", [self.act(NAME, dq)?, parts], &by_rows, &tiles)?;
+        let (dk, dv) = (self.act(NAME, dk)?, self.act(NAME, dv)?);
+        let by_keys = batch.blocks(&self.gpu, KEYS)?;
+        run("attention_backward_keys", [dk, dv], &by_keys, &[(2 * KEYS + 2 * QUERIES, padded)])?;
+        if sinks == 0 {
+            return Ok(());
+        }
+        let args = [dk, dv, parts, Arg::Pointer(by_rows.0.pointer), Arg::Int(by_rows.1 as i32), Arg::Words(&words)];
+        let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
+        self.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (128, 1), shared: 0 }, &args)
     }
 }

@@ -7,6 +7,22 @@ use std::path::PathBuf;
 use cudarc::nvrtc::{result, sys};
 use liger_tensor::DType;
 
+/// What a file is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// Element type of activations.
+    pub activations: DType,
+    /// Sizes, as [`Source::sizes`] names them; 0 for those that the file does not have.
+    pub sizes: [usize; 5],
+}
+
+impl Variant {
+    /// For a file without sizes.
+    pub fn of(activations: DType) -> Self {
+        Self { activations, sizes: [0; 5] }
+    }
+}
+
 /// A file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Source {
@@ -54,14 +70,26 @@ impl Source {
         }
     }
 
-    /// The whole program for activations of one type.
-    fn program(self, activations: DType) -> String {
+    /// Names of the sizes that the file's kernels are compiled for.
+    pub fn sizes(self) -> &'static [&'static str] {
+        match self {
+            Self::Attention => &["DIM", "GROUP"],
+            Self::Recurrence => &["DK", "DV", "GROUP", "SLICE", "AXIS"],
+            _ => &[],
+        }
+    }
+
+    /// The whole program of one variant.
+    fn program(self, variant: Variant) -> String {
         let mut program = String::new();
-        if activations == DType::Bf16 {
+        if variant.activations == DType::Bf16 {
             program.push_str("#define ACT_BF16\n");
         }
+        for (name, size) in self.sizes().iter().zip(variant.sizes) {
+            program.push_str(&format!("#define {name} {size}\n"));
+        }
         program.push_str(COMMON);
-        if self.text().contains("tile_product") {
+        if !self.sizes().is_empty() {
             program.push_str(TILE);
         }
         program + "#line 1 \"" + self.name() + "\"\n" + self.text()
@@ -77,17 +105,18 @@ pub struct Compiled {
 }
 
 fn options(arch: &str) -> Vec<String> {
-    vec![format!("--gpu-architecture={arch}"), "--std=c++17".into(), "--ptxas-options=-v".into()]
+    let fixed = ["--std=c++17", "--device-as-default-execution-space", "--ptxas-options=-v"];
+    std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed.map(String::from)).collect()
 }
 
 /// Compiles a file for `arch`, such as `sm_90a`; needs NVRTC, not a GPU.
 ///
 /// # Errors
 /// If NVRTC cannot be found, or the compiler's messages.
-pub fn compile(source: Source, activations: DType, arch: &str) -> Result<Compiled, String> {
+pub fn compile(source: Source, variant: Variant, arch: &str) -> Result<Compiled, String> {
     crate::libraries::open_compiler()?;
     let failed = |what: &str| format!("{}: NVRTC: {what}", source.name());
-    let text = CString::new(source.program(activations)).map_err(|e| failed(&e.to_string()))?;
+    let text = CString::new(source.program(variant)).map_err(|e| failed(&e.to_string()))?;
     let name = CString::new(source.name()).map_err(|e| failed(&e.to_string()))?;
     let program = result::create_program(&text, Some(&name)).map_err(|e| failed(&e.to_string()))?;
     // SAFETY: the program was just made, and is destroyed once, below.
@@ -116,14 +145,14 @@ fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, String> {
 
 /// The same from the cache on disk, which is filled on the way. The name of an entry is a hash of source, options and
 /// driver.
-pub(crate) fn compile_cached(source: Source, activations: DType, arch: &str, driver: i32) -> Result<Vec<u8>, String> {
-    let key = format!("{}\n{:?}\n{driver}", source.program(activations), options(arch));
+pub(crate) fn compile_cached(source: Source, variant: Variant, arch: &str, driver: i32) -> Result<Vec<u8>, String> {
+    let key = format!("{}\n{:?}\n{driver}", source.program(variant), options(arch));
     let path =
         cache_folder().map(|folder| folder.join(format!("{}-{:016x}.cubin", source.name(), hash(key.as_bytes()))));
     if let Some(code) = path.as_ref().and_then(|path| std::fs::read(path).ok()).filter(|code| !code.is_empty()) {
         return Ok(code);
     }
-    let code = compile(source, activations, arch)?.code;
+    let code = compile(source, variant, arch)?.code;
     if let Some(path) = path {
         // A cache that cannot be written costs time, nothing else.
         let _ = write_whole(&path, &code);

@@ -6,9 +6,9 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{DriverError, result, sys};
-use liger_tensor::{DType, DeviceMemory, Error, Result};
+use liger_tensor::{DeviceMemory, Error, Result};
 
-use crate::compile::{Source, compile_cached};
+use crate::compile::{Source, Variant, compile_cached};
 
 /// A kernel: its file and name.
 pub(crate) type Kernel = (Source, &'static str);
@@ -50,7 +50,7 @@ pub(crate) struct Gpu {
     pub(crate) name: String,
     pub(crate) arch: String,
     driver_version: i32,
-    largest_shared: usize,
+    pub(crate) largest_shared: usize,
     kernels: Mutex<Kernels>,
     pool: Mutex<Pool>,
     profile: Mutex<Option<Vec<Span>>>,
@@ -68,8 +68,8 @@ unsafe impl Send for Span {}
 
 #[derive(Default)]
 struct Kernels {
-    modules: HashMap<(Source, DType), Module>,
-    functions: HashMap<(Kernel, DType), Function>,
+    modules: HashMap<(Source, Variant), Module>,
+    functions: HashMap<(Kernel, Variant), Function>,
 }
 
 #[derive(Clone, Copy)]
@@ -272,21 +272,21 @@ impl Gpu {
         unsafe { result::memset_d8_async(pointer, 0, bytes, self.stream) }.map_err(failed("clear memory"))
     }
 
-    fn function(&self, kernel: Kernel, activations: DType) -> Result<Function> {
+    fn function(&self, kernel: Kernel, variant: Variant) -> Result<Function> {
         let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&function) = kernels.functions.get(&(kernel, activations)) {
+        if let Some(&function) = kernels.functions.get(&(kernel, variant)) {
             return Ok(function);
         }
         let (source, name) = kernel;
         let trouble = |message: String| Error::Device { operation: format!("kernel {name}"), message };
-        let module = match kernels.modules.get(&(source, activations)) {
+        let module = match kernels.modules.get(&(source, variant)) {
             Some(&module) => module,
             None => {
-                let code = compile_cached(source, activations, &self.arch, self.driver_version).map_err(trouble)?;
+                let code = compile_cached(source, variant, &self.arch, self.driver_version).map_err(trouble)?;
                 // SAFETY: `code` is a whole cubin.
                 let module =
                     unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(failed("load kernels"))?;
-                kernels.modules.insert((source, activations), Module(module));
+                kernels.modules.insert((source, variant), Module(module));
                 Module(module)
             }
         };
@@ -308,12 +308,12 @@ impl Gpu {
             )
         }
         .map_err(failed(name))?;
-        kernels.functions.insert((kernel, activations), Function(function));
+        kernels.functions.insert((kernel, variant), Function(function));
         Ok(Function(function))
     }
 
     /// Starts a kernel.
-    pub(crate) fn launch(&self, kernel: Kernel, activations: DType, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+    pub(crate) fn launch(&self, kernel: Kernel, variant: Variant, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
         let Launch { grid, block, shared } = launch;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
@@ -323,7 +323,7 @@ impl Gpu {
             let message = format!("needs {shared} bytes of shared memory, this GPU has {}", self.largest_shared);
             return Err(Error::Device { operation: kernel.1.to_owned(), message });
         }
-        let function = self.function(kernel, activations)?;
+        let function = self.function(kernel, variant)?;
         let mut pointers: Vec<*mut c_void> = args
             .iter()
             .map(|arg| match arg {

@@ -25,7 +25,7 @@ use liger_tensor::{
 };
 
 use batch::{Batch, Batches};
-pub use compile::{Compiled, Source, compile};
+pub use compile::{Compiled, Source, Variant, compile};
 use driver::{Arg, Block, Gpu, Kernel, Launch};
 
 /// A GPU as a device.
@@ -66,7 +66,7 @@ impl Cuda {
     }
 
     fn launch(&self, kernel: Kernel, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        self.gpu.launch(kernel, self.activations, launch, args)
+        self.gpu.launch(kernel, Variant::of(self.activations), launch, args)
     }
 
     fn batch(&self, sequences: &Sequences) -> Result<Arc<Batch>> {
@@ -93,9 +93,11 @@ fn typed(operation: &'static str, tensor: &Tensor, dtype: DType) -> Result<u64> 
     pointer(operation, tensor)
 }
 
-/// Bytes of shared memory of tiles (rows, padded width): `Carver` in the kernels.
-fn tile_bytes(tiles: &[(usize, usize)]) -> usize {
-    tiles.iter().map(|(rows, width)| rows * (width + 4) * 4).sum()
+/// Bytes of shared memory that `Carver` in the kernels cuts into tiles (rows, width) of elements and of float32.
+fn shared_bytes(activations: DType, tiles: &[(usize, usize)], floats: &[(usize, usize)]) -> usize {
+    let padding = if activations == DType::Bf16 { 8 } else { 4 };
+    let elements: usize = tiles.iter().map(|(rows, width)| rows * (width + padding)).sum();
+    elements * activations.size() + floats.iter().map(|(rows, width)| rows * (width + 4) * 4).sum::<usize>()
 }
 
 impl Ops for Cuda {
@@ -180,7 +182,7 @@ impl Ops for Cuda {
             Arg::Long(tensor.len() as i64),
         ];
         let launch = Launch { grid: (1024, 1, 1), block: (256, 1), shared: 0 };
-        self.gpu.launch((Source::Elementwise, "uniform"), dtype, launch, &args)?;
+        self.gpu.launch((Source::Elementwise, "uniform"), Variant::of(dtype), launch, &args)?;
         Ok(tensor)
     }
 

@@ -4,27 +4,26 @@ use liger_tensor::{DType, Error, GateAxis, Recurrence, RecurrenceGradients, Resu
 
 use crate::attention::Heads;
 use crate::batch::Batch;
-use crate::compile::Source;
+use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Launch};
 use crate::rowwise::same_length;
-use crate::{Cuda, tile_bytes};
+use crate::{Cuda, shared_bytes};
 
-/// Tokens of a step and query heads of a slice: `STEP` and `SLICE` of the kernels.
+/// Tokens of a step: `STEP` of the kernels.
 const STEP: usize = 16;
-const SLICE: usize = 4;
+/// Query heads of a group whose rows are in shared memory at once, at most: `SLICE` of the kernels.
+const LARGEST_SLICE: usize = 4;
 /// Largest Dk and Dv: beyond, a state does not fit a block's shared memory.
 const LARGEST_HEAD: usize = 128;
 /// Columns of the state that a block of the one-token kernel takes: `STEP_COLUMNS`.
 const STEP_COLUMNS: usize = 32;
-/// Query heads of a group that the one-token kernel keeps in registers.
-const LARGEST_GROUP: usize = 16;
 
 /// Sizes and inputs of one call.
 struct Problem<'a> {
     inputs: Recurrence<'a>,
     heads: Heads,
     value_dim: usize,
-    words: [i32; 8],
+    words: [i32; 2],
 }
 
 impl<'a> Problem<'a> {
@@ -38,15 +37,30 @@ impl<'a> Problem<'a> {
                 return Err(Error::Shape { operation, found: tensor.shape().to_vec(), expected });
             }
         }
-        let pad = |d: usize| d.next_multiple_of(32);
-        let axis = usize::from(inputs.axis == GateAxis::Value);
-        let words = [heads.query, heads.kv, heads.group(), heads.dim, value_dim, pad(heads.dim), pad(value_dim), axis];
-        Ok(Self { inputs, heads, value_dim, words: words.map(|x| x as i32) })
+        if !value_dim.is_multiple_of(2) {
+            let expected = "an even number of values".to_owned();
+            return Err(Error::Shape { operation, found: inputs.v.shape().to_vec(), expected });
+        }
+        Ok(Self { inputs, heads, value_dim, words: [heads.query, heads.kv].map(|x| x as i32) })
     }
 
     fn padded(&self) -> [usize; 3] {
-        let (pk, pv) = (self.heads.dim.next_multiple_of(32), self.value_dim.next_multiple_of(32));
+        let (pk, pv) = (self.heads.dim.next_multiple_of(16), self.value_dim.next_multiple_of(16));
         [pk, pv, if self.inputs.axis == GateAxis::Key { pk } else { pv }]
+    }
+
+    /// Shared memory of `chunk_columns`, which needs most.
+    fn columns_bytes(&self, activations: DType, slice: usize) -> usize {
+        let ([pk, pv, pg], rows) = (self.padded(), STEP * slice);
+        let tiles = [(STEP + rows, pk), (STEP + rows, pv), (2 * STEP, pg), (2 * rows, STEP), (pk, pv)];
+        shared_bytes(activations, &tiles, &[(pk, pv), (3 * STEP, pg), (STEP, pk), (STEP, pv)])
+    }
+
+    /// As many heads at once as shared memory has room for.
+    fn slice(&self, cuda: &Cuda) -> usize {
+        let most = self.heads.group().min(LARGEST_SLICE);
+        let fits = |&slice: &usize| self.columns_bytes(cuda.activations, slice) <= cuda.gpu.largest_shared;
+        (1..=most).rev().find(fits).unwrap_or(1)
     }
 
     fn gate_dim(&self) -> usize {
@@ -99,7 +113,6 @@ impl Cuda {
         let batch = self.batch(inputs.sequences)?;
         if let Some(state) = &state
             && inputs.sequences.list().iter().all(|s| s.len == 1)
-            && p.heads.group() <= LARGEST_GROUP
         {
             return self.recurrence_step(out, &p, state, &batch);
         }
@@ -130,7 +143,7 @@ impl Cuda {
         ];
         let columns = p.value_dim.div_ceil(STEP_COLUMNS) as u32;
         let launch = Launch { grid: (columns, p.heads.kv as u32, sequences.rows() as u32), block: (256, 1), shared: 0 };
-        self.launch((Source::Recurrence, NAME), launch, &args)
+        self.recurrence_kernel(NAME, p, launch, &args)
     }
 
     /// What each chunk adds to the state, or with `dout` to the state's gradient.
@@ -139,9 +152,9 @@ impl Cuda {
         let items = batch.chunk_count * p.heads.kv;
         let states = self.gpu.allocate(items * p.state_len() * 4)?;
         let totals = self.gpu.allocate(items * p.gate_dim() * 4)?;
-        let (q, dout, rows) = match dout {
-            Some(dout) => (self.act(NAME, p.inputs.q)?, self.act(NAME, dout)?, STEP * SLICE),
-            None => (Arg::Pointer(0), Arg::Pointer(0), STEP),
+        let (q, dout) = match dout {
+            Some(dout) => (self.act(NAME, p.inputs.q)?, self.act(NAME, dout)?),
+            None => (Arg::Pointer(0), Arg::Pointer(0)),
         };
         let args = [
             Arg::Pointer(states.pointer),
@@ -154,10 +167,17 @@ impl Cuda {
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];
-        let [pk, pv, pg] = p.padded();
-        let shared = tile_bytes(&[(pk, pv), (2 * STEP, pg), (rows, pk), (rows, pv)]);
-        self.launch((Source::Recurrence, NAME), self.per_chunk(p, batch, shared), &args)?;
+        let ([pk, pv, pg], rows) = (p.padded(), STEP * p.slice(self));
+        let shared = shared_bytes(self.activations, &[(rows, pk), (rows, pv)], &[(pk, pv), (3 * STEP, pg)]);
+        self.recurrence_kernel(NAME, p, self.per_chunk(p, batch, shared), &args)?;
         Ok(States { states, totals })
+    }
+
+    fn recurrence_kernel(&self, name: &'static str, p: &Problem<'_>, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+        let axis = usize::from(p.inputs.axis == GateAxis::Value);
+        let sizes = [p.heads.dim, p.value_dim, p.heads.group(), p.slice(self), axis];
+        let variant = Variant { activations: self.activations, sizes };
+        self.gpu.launch((Source::Recurrence, name), variant, launch, args)
     }
 
     fn per_chunk(&self, p: &Problem<'_>, batch: &Batch, shared: usize) -> Launch {
@@ -185,7 +205,7 @@ impl Cuda {
         ];
         let sequences = p.inputs.sequences.list().len() as u32;
         let grid = (p.state_len().div_ceil(256) as u32, p.heads.kv as u32, sequences);
-        self.launch((Source::Recurrence, "scan_states"), Launch { grid, block: (256, 1), shared: 0 }, &args)
+        self.recurrence_kernel("scan_states", p, Launch { grid, block: (256, 1), shared: 0 }, &args)
     }
 
     /// Outputs from `x = q`, or with `gradient` dq from `x = dout`.
@@ -198,23 +218,22 @@ impl Cuda {
         states: &States,
         gradient: bool,
     ) -> Result<()> {
-        const NAME: &str = "chunk_rows";
+        let name = if gradient { "chunk_rows_gradient" } else { "chunk_rows" };
         let args = [
-            self.act(NAME, out)?,
-            self.act(NAME, x)?,
-            self.act(NAME, p.inputs.k)?,
-            self.act(NAME, p.inputs.v)?,
-            self.f32(NAME, p.inputs.log_gate)?,
+            self.act(name, out)?,
+            self.act(name, x)?,
+            self.act(name, p.inputs.k)?,
+            self.act(name, p.inputs.v)?,
+            self.f32(name, p.inputs.log_gate)?,
             Arg::Pointer(states.states.pointer),
             Arg::Pointer(batch.chunks.pointer),
-            Arg::Int(i32::from(gradient)),
             Arg::Words(&p.words),
         ];
-        let [pk, pv, pg] = p.padded();
-        let rows = STEP * SLICE;
-        let shared =
-            tile_bytes(&[(pk, pv), (2 * STEP, pg), (STEP, pk), (STEP, pv), (rows, pk), (rows, pv), (rows, STEP)]);
-        self.launch((Source::Recurrence, NAME), self.per_chunk(p, batch, shared), &args)
+        let ([pk, pv, pg], rows) = (p.padded(), STEP * p.slice(self));
+        let px = if gradient { pv } else { pk };
+        let tiles = [(STEP, pk), (STEP, pv), (STEP, pg), (rows, px), (rows, STEP), (pk, pv)];
+        let shared = shared_bytes(self.activations, &tiles, &[(pk, pv), (3 * STEP, pg)]);
+        self.recurrence_kernel(name, p, self.per_chunk(p, batch, shared), &args)
     }
 
     pub(crate) fn recurrence_gradients(
@@ -260,7 +279,7 @@ impl Cuda {
                 ];
                 let grid = (p.heads.kv as u32, sequences.len() as u32, 1);
                 let launch = Launch { grid, block: (128, 1), shared: 0 };
-                self.launch((Source::Recurrence, "final_gate_terms"), launch, &args)?;
+                self.recurrence_kernel("final_gate_terms", &p, launch, &args)?;
                 final_terms = Some(terms);
             }
             None => {
@@ -326,10 +345,8 @@ impl Cuda {
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];
-        let [pk, pv, pg] = p.padded();
-        let rows = STEP * SLICE;
-        let tiles = [(pk, pv), (3 * STEP, pg), (2 * STEP + rows, pk), (2 * STEP + rows, pv), (2 * rows, STEP)];
-        self.launch((Source::Recurrence, NAME), self.per_chunk(p, batch, tile_bytes(&tiles)), &args)?;
+        let shared = p.columns_bytes(self.activations, p.slice(self));
+        self.recurrence_kernel(NAME, p, self.per_chunk(p, batch, shared), &args)?;
         let args = [
             self.f32(NAME, gate)?,
             self.f32(NAME, log_gate)?,
@@ -339,7 +356,7 @@ impl Cuda {
             Arg::Words(&p.words),
         ];
         let launch = Launch { block: (128, 1), ..self.per_chunk(p, batch, 0) };
-        self.launch((Source::Recurrence, "finish_gates"), launch, &args)
+        self.recurrence_kernel("finish_gates", p, launch, &args)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use liger_tensor::{AdamwStep, DType, Error, FeatureMap, FeatureSpec, Gate, Result, Storage, Tensor};
 
-use crate::compile::Source;
+use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
 use crate::{Cuda, pointer, typed};
 
@@ -58,7 +58,7 @@ impl Cuda {
             Arg::Float(b),
             long(n),
         ];
-        self.gpu.launch((Source::Elementwise, "axpby"), y.dtype(), Launch::over(n, 4), &args)
+        self.gpu.launch((Source::Elementwise, "axpby"), Variant::of(y.dtype()), Launch::over(n, 4), &args)
     }
 
     /// A short row is a warp's work, a long one a block's.
@@ -317,7 +317,7 @@ impl Cuda {
             Arg::Float(scale.unwrap_or(0.0)),
         ]);
         let launch = Launch { grid: (rows as u32, 1, 1), block: (512, 1), shared: 0 };
-        self.gpu.launch((Source::Loss, name), logits.dtype(), launch, &args)?;
+        self.gpu.launch((Source::Loss, name), Variant::of(logits.dtype()), launch, &args)?;
         self.gpu.read(losses.pointer, rows)
     }
 
@@ -347,7 +347,7 @@ impl Cuda {
         let found = self.gpu.allocate(rows * 4)?;
         let args = [Arg::Pointer(found.pointer), Arg::Pointer(pointer("argmax", logits)?), int(vocabulary)];
         let launch = Launch { grid: (rows as u32, 1, 1), block: (1024, 1), shared: 0 };
-        self.gpu.launch((Source::Loss, "argmax"), logits.dtype(), launch, &args)?;
+        self.gpu.launch((Source::Loss, "argmax"), Variant::of(logits.dtype()), launch, &args)?;
         self.gpu.read(found.pointer, rows)
     }
 

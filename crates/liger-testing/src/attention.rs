@@ -158,7 +158,12 @@ fn long_backward(c: &Check<'_>) {
             };
             let expected = (at(1e-5) - at(-1e-5)) / 2e-5;
             let found: f64 = grad.iter().zip(&direction).map(|(&g, d)| f64::from(g) * d).sum();
-            assert!((found - expected).abs() <= 1e-3 * expected.abs().max(1.0), "{name} {spec:?}: {found} {expected}");
+            // A gradient that is off by the tolerance's share of its norm moves a random slope by about that much.
+            let norm = grad.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            assert!(
+                (found - expected).abs() <= 4.0 * c.tolerance * norm,
+                "{name} {spec:?}: {found} {expected}, norm {norm}"
+            );
         }
     }
 }
