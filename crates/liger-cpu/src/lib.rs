@@ -151,8 +151,25 @@ impl Ops for Cpu {
         elementwise::rms_norm_backward(dx, x, weight, epsilon, dy)
     }
 
-    fn rope(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
-        elementwise::rope(x, cos, sin, inverse)
+    fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()> {
+        elementwise::axpby(out, a, x, 0.0)?;
+        elementwise::axpby(out, b, y, 1.0)
+    }
+
+    fn rope(
+        &self,
+        out: &mut Tensor,
+        x: &Tensor,
+        (cos, sin): (&Tensor, &Tensor),
+        inverse: bool,
+        add: Option<&Tensor>,
+    ) -> Result<()> {
+        elementwise::axpby(out, 1.0, x, 0.0)?;
+        elementwise::rope(out, cos, sin, inverse)?;
+        match add {
+            Some(add) => elementwise::axpby(out, 1.0, add, 1.0),
+            None => Ok(()),
+        }
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {

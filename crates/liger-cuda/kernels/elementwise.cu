@@ -20,6 +20,17 @@ extern "C" __global__ void axpby(act* y, const act* x, float a, float b, long lo
     }
 }
 
+// out = a x + b y.
+extern "C" __global__ void combine(act* out, float a, const act* x, float b, const act* y, long long n) {
+    long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (i + 4 <= n) {
+        float4 u = load4(x + i), v = load4(y + i);
+        store4(out + i, make_float4(a * u.x + b * v.x, a * u.y + b * v.y, a * u.z + b * v.z, a * u.w + b * v.w));
+        return;
+    }
+    for (; i < n; i++) out[i] = from_float<act>(a * to_float(x[i]) + b * to_float(y[i]));
+}
+
 // Between the two element types.
 extern "C" __global__ void narrow(bf16* y, const float* x, long long n) {
     long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
@@ -44,21 +55,31 @@ extern "C" __global__ void add_bias(act* x, const float* bias, int width, long l
     if (i < n) x[i] = from_float<act>(to_float(x[i]) + bias[i % width]);
 }
 
-// x weight / rms(x) for `rows` rows; one warp a row (blockDim.y rows a block), or the whole block if blockDim.y is 1.
+// x weight / rms(x) for `rows` rows; one warp a row (blockDim.y rows a block), or the whole block if blockDim.y is 1. Rows of
+// a multiple of four elements are read four at a time.
 extern "C" __global__ void rms_norm_forward(act* out, const act* x, const float* weight, float epsilon, int width,
                                             int rows) {
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
     x += static_cast<long long>(row) * width;
     out += static_cast<long long>(row) * width;
+    int fours = width % 4 == 0 ? width : 0;
     float sum = 0.0f;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    for (int i = threadIdx.x * 4; i < fours; i += blockDim.x * 4) {
+        float4 v = load4(x + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    }
+    for (int i = fours + threadIdx.x; i < width; i += blockDim.x) {
         float v = to_float(x[i]);
         sum += v * v;
     }
     sum = blockDim.x > 32 ? block_sum(sum) : warp_sum(sum);
     float r = rsqrtf(sum / width + epsilon);
-    for (int i = threadIdx.x; i < width; i += blockDim.x) out[i] = from_float<act>(to_float(x[i]) * r * weight[i]);
+    for (int i = threadIdx.x * 4; i < fours; i += blockDim.x * 4) {
+        float4 v = load4(x + i), w = load4(weight + i);
+        store4(out + i, make_float4(v.x * r * w.x, v.y * r * w.y, v.z * r * w.z, v.w * r * w.w));
+    }
+    for (int i = fours + threadIdx.x; i < width; i += blockDim.x) out[i] = from_float<act>(to_float(x[i]) * r * weight[i]);
 }
 
 // With r = 1 / rms(x): dx += r w dy - x r^3 / n sum(w dy x).
@@ -68,8 +89,14 @@ extern "C" __global__ void rms_norm_backward(act* dx, const act* x, const float*
     if (row >= rows) return;
     long long at = static_cast<long long>(row) * width;
     x += at, dx += at, dy += at;
+    int fours = width % 4 == 0 ? width : 0;
     float sum = 0.0f, inner = 0.0f;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    for (int i = threadIdx.x * 4; i < fours; i += blockDim.x * 4) {
+        float4 v = load4(x + i), w = load4(weight + i), d = load4(dy + i);
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        inner += v.x * w.x * d.x + v.y * w.y * d.y + v.z * w.z * d.z + v.w * w.w * d.w;
+    }
+    for (int i = fours + threadIdx.x; i < width; i += blockDim.x) {
         float v = to_float(x[i]);
         sum += v * v;
         inner += v * weight[i] * to_float(dy[i]);
@@ -78,15 +105,20 @@ extern "C" __global__ void rms_norm_backward(act* dx, const act* x, const float*
     inner = blockDim.x > 32 ? block_sum(inner) : warp_sum(inner);
     float r = rsqrtf(sum / width + epsilon);
     float pull = r * r * r * inner / width;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    for (int i = threadIdx.x * 4; i < fours; i += blockDim.x * 4) {
+        float4 v = load4(x + i), w = load4(weight + i), d = load4(dy + i), old = load4(dx + i);
+        store4(dx + i, make_float4(old.x + r * w.x * d.x - v.x * pull, old.y + r * w.y * d.y - v.y * pull,
+                                   old.z + r * w.z * d.z - v.z * pull, old.w + r * w.w * d.w - v.w * pull));
+    }
+    for (int i = fours + threadIdx.x; i < width; i += blockDim.x) {
         float d = r * weight[i] * to_float(dy[i]) - to_float(x[i]) * pull;
         dx[i] = from_float<act>(to_float(dx[i]) + d);
     }
 }
 
-// x [N, heads, D] with cos, sin [N, D/2]; one thread a pair.
-extern "C" __global__ void rope(act* x, const float* cosines, const float* sines, int heads, int dim, float sign,
-                                long long pairs) {
+// out = x turned by cos, sin [N, D/2], plus `add` if there is one; x [N, heads, D], one thread a pair.
+extern "C" __global__ void rope(act* out, const act* x, const act* add, const float* cosines, const float* sines, int heads,
+                                int dim, float sign, long long pairs) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= pairs) return;
     int half = dim / 2;
@@ -94,10 +126,12 @@ extern "C" __global__ void rope(act* x, const float* cosines, const float* sines
     long long head = i / half;
     long long token = head / heads;
     float c = cosines[token * half + d], s = sign * sines[token * half + d];
-    act* low = x + head * dim + d;
-    float a = to_float(low[0]), b = to_float(low[half]);
-    low[0] = from_float<act>(a * c - b * s);
-    low[half] = from_float<act>(b * c + a * s);
+    long long low = head * dim + d, high = low + half;
+    float a = to_float(x[low]), b = to_float(x[high]);
+    float left = a * c - b * s, right = b * c + a * s;
+    if (add != nullptr) left += to_float(add[low]), right += to_float(add[high]);
+    out[low] = from_float<act>(left);
+    out[high] = from_float<act>(right);
 }
 
 extern "C" __global__ void swiglu_forward(act* out, const act* gate, const act* up, long long n) {

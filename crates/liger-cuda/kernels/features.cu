@@ -85,6 +85,88 @@ extern "C" __global__ void features_backward(act* dy, const float* dgates, const
     }
 }
 
+// The same for heads of 4 * LANES elements, LANES a power of two up to 32: a thread has four elements, a warp 32 / LANES rows.
+__device__ __forceinline__ float lanes_sum(float x, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+__device__ __forceinline__ float lanes_max(float x, int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+    return x;
+}
+
+__device__ __forceinline__ float sum4(float4 v) { return v.x + v.y + v.z + v.w; }
+
+__device__ __forceinline__ float4 softmax4(float4 v, int lanes) {
+    float best = lanes_max(fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)), lanes);
+    float4 e = make_float4(__expf(v.x - best), __expf(v.y - best), __expf(v.z - best), __expf(v.w - best));
+    float scale = 1.0f / lanes_sum(sum4(e), lanes);
+    return make_float4(e.x * scale, e.y * scale, e.z * scale, e.w * scale);
+}
+
+__device__ __forceinline__ float one_gate(float v, int gate, float divisor) {
+    return gate == GATE_LOG_SIGMOID ? -softplus(-v) / divisor : -expf(v);
+}
+
+__device__ __forceinline__ float one_gate_gradient(float v, float dg, int gate, float divisor) {
+    if (gate == GATE_LOG_SIGMOID) return dg * sigmoid(-v) / divisor;
+    return dg == 0.0f ? 0.0f : -dg * expf(v);
+}
+
+extern "C" __global__ void features_forward_fours(act* y, float* gates, const act* x, int map, int gate, float divisor,
+                                                  int dim, int rows) {
+    int lanes = dim / 4;
+    long long element = (static_cast<long long>(blockIdx.x) * blockDim.x * blockDim.y + threadIdx.y * 32 + threadIdx.x) * 4;
+    // Every lane takes part in the sums.
+    bool inside = element < static_cast<long long>(rows) * dim;
+    float4 v = inside ? load4(x + element) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float4 f = map == MAP_SOFTMAX ? softmax4(v, lanes)
+                                  : make_float4(sigmoid(-v.x), sigmoid(-v.y), sigmoid(-v.z), sigmoid(-v.w));
+    if (inside) store4(y + element, f);
+    if (gates == nullptr) return;
+    float4 g;
+    if (gate == GATE_MEAN_LOG_SIGMOID || gate == GATE_MEAN_NEGATIVE_SOFTPLUS) {
+        float mean = lanes_sum(sum4(v), lanes) / dim;
+        float one = -softplus(gate == GATE_MEAN_LOG_SIGMOID ? -mean : mean);
+        g = make_float4(one, one, one, one);
+    } else {
+        g = make_float4(one_gate(v.x, gate, divisor), one_gate(v.y, gate, divisor), one_gate(v.z, gate, divisor),
+                        one_gate(v.w, gate, divisor));
+    }
+    if (inside) store4(gates + element, g);
+}
+
+extern "C" __global__ void features_backward_fours(act* dy, const float* dgates, const act* x, int map, int gate,
+                                                   float divisor, int dim, int rows) {
+    int lanes = dim / 4;
+    long long element = (static_cast<long long>(blockIdx.x) * blockDim.x * blockDim.y + threadIdx.y * 32 + threadIdx.x) * 4;
+    bool inside = element < static_cast<long long>(rows) * dim;
+    float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float4 v = inside ? load4(x + element) : zero, d = inside ? load4(dy + element) : zero;
+    if (map == MAP_SOFTMAX) {
+        float4 f = softmax4(v, lanes);
+        float inner = lanes_sum(d.x * f.x + d.y * f.y + d.z * f.z + d.w * f.w, lanes);
+        d = make_float4(f.x * (d.x - inner), f.y * (d.y - inner), f.z * (d.z - inner), f.w * (d.w - inner));
+    } else {
+        float4 f = make_float4(sigmoid(-v.x), sigmoid(-v.y), sigmoid(-v.z), sigmoid(-v.w));
+        d.x *= -f.x * (1.0f - f.x), d.y *= -f.y * (1.0f - f.y);
+        d.z *= -f.z * (1.0f - f.z), d.w *= -f.w * (1.0f - f.w);
+    }
+    if (dgates != nullptr) {
+        float4 dg = inside ? load4(dgates + element) : zero;
+        if (gate == GATE_MEAN_LOG_SIGMOID || gate == GATE_MEAN_NEGATIVE_SOFTPLUS) {
+            float mean = lanes_sum(sum4(v), lanes) / dim, sum = lanes_sum(sum4(dg), lanes);
+            float share = (gate == GATE_MEAN_LOG_SIGMOID ? sigmoid(-mean) : -sigmoid(mean)) * sum / dim;
+            d.x += share, d.y += share, d.z += share, d.w += share;
+        } else {
+            d.x += one_gate_gradient(v.x, dg.x, gate, divisor), d.y += one_gate_gradient(v.y, dg.y, gate, divisor);
+            d.z += one_gate_gradient(v.z, dg.z, gate, divisor), d.w += one_gate_gradient(v.w, dg.w, gate, divisor);
+        }
+    }
+    if (inside) store4(dy + element, d);
+}
+
 #define GSA_DIVISOR 16.0f
 
 __device__ __forceinline__ float pooled(const act* k, int m, int slots, int dim, int& first, int& last) {

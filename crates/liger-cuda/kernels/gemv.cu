@@ -1,5 +1,20 @@
 // y [n, out] = x [n, in] w^T with w [out, in] in bfloat16, for a few rows: one pass over the weights at memory speed.
 
+// sum[n] += eight weights times x[n].
+template <int N>
+__device__ __forceinline__ void add_eight(float (&sum)[N], uint4 raw, const act* x, int inputs) {
+    float weights[8] = {
+        __uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
+        __uint_as_float(raw.y & 0xffff0000u), __uint_as_float(raw.z << 16), __uint_as_float(raw.z & 0xffff0000u),
+        __uint_as_float(raw.w << 16), __uint_as_float(raw.w & 0xffff0000u)};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float4 a = load4(x + static_cast<long long>(n) * inputs), b = load4(x + static_cast<long long>(n) * inputs + 4);
+        sum[n] += a.x * weights[0] + a.y * weights[1] + a.z * weights[2] + a.w * weights[3] + b.x * weights[4] +
+                  b.y * weights[5] + b.z * weights[6] + b.w * weights[7];
+    }
+}
+
 // One warp an output; x is short enough to stay in the caches. `in` is a multiple of 8. ACCUMULATE adds to y.
 template <int N, class Out>
 __device__ __forceinline__ void gemv_rows(Out* y, const bf16* w, const act* x, int inputs, int outputs, float scale,
@@ -10,20 +25,16 @@ __device__ __forceinline__ void gemv_rows(Out* y, const bf16* w, const act* x, i
     float sum[N];
 #pragma unroll
     for (int n = 0; n < N; n++) sum[n] = 0.0f;
-    for (int i = threadIdx.x * 8; i < inputs; i += 256) {
-        uint4 raw = __ldcs(reinterpret_cast<const uint4*>(w + i));
-        float weights[8] = {
-            __uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u), __uint_as_float(raw.y << 16),
-            __uint_as_float(raw.y & 0xffff0000u), __uint_as_float(raw.z << 16), __uint_as_float(raw.z & 0xffff0000u),
-            __uint_as_float(raw.w << 16), __uint_as_float(raw.w & 0xffff0000u)};
+    // Four loads of 16 bytes are under way before the first is used: a block alone must keep the memory busy.
+    int i = threadIdx.x * 8;
+    for (; i + 3 * 256 < inputs; i += 4 * 256) {
+        uint4 raw[4];
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-            float4 a = load4(x + static_cast<long long>(n) * inputs + i);
-            float4 b = load4(x + static_cast<long long>(n) * inputs + i + 4);
-            sum[n] += a.x * weights[0] + a.y * weights[1] + a.z * weights[2] + a.w * weights[3] + b.x * weights[4] +
-                      b.y * weights[5] + b.z * weights[6] + b.w * weights[7];
-        }
+        for (int u = 0; u < 4; u++) raw[u] = __ldcs(reinterpret_cast<const uint4*>(w + i + u * 256));
+#pragma unroll
+        for (int u = 0; u < 4; u++) add_eight<N>(sum, raw[u], x + i + u * 256, inputs);
     }
+    for (; i < inputs; i += 256) add_eight<N>(sum, __ldcs(reinterpret_cast<const uint4*>(w + i)), x + i, inputs);
 #pragma unroll
     for (int n = 0; n < N; n++) {
         float total = warp_sum(sum[n]) * scale;

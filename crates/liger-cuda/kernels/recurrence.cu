@@ -24,6 +24,13 @@
 #define SAFE (-80.0f)
 #define THREADS 256
 
+// Blocks that share a multiprocessor where their states leave room.
+#if defined(ACT_BF16) && DK <= 64 && DV <= 64
+#define BLOCKS 2
+#else
+#define BLOCKS 1
+#endif
+
 #define PK ((DK + 15) / 16 * 16)
 #define PV ((DV + 15) / 16 * 16)
 #define DG (AXIS == 0 ? DK : DV)
@@ -57,17 +64,17 @@ __device__ __forceinline__ void load_tokens(elem* tile, const act* x, int start,
 }
 
 // Row of [N, H] that tile row r = (token, head of the slice) is, or -1.
-__device__ __forceinline__ long long row_of(int start, int rows, const Sizes& s, int head, int first_g, int r) {
+__device__ __forceinline__ int row_of(int start, int rows, const Sizes& s, int head, int first_g, int r) {
     int t = r / SLICE, g = first_g + r % SLICE;
-    return t < rows && g < GROUP ? static_cast<long long>(start + t) * s.heads + head * GROUP + g : -1;
+    return t < rows && g < GROUP ? (start + t) * s.heads + head * GROUP + g : -1;
 }
 
 template <int ACROSS, int LENGTH>
 __device__ __forceinline__ void load_rows(elem* tile, const act* x, int start, int rows, const Sizes& s, int head,
                                           int first_g) {
     load_tile<ROWS, ACROSS, LENGTH, THREADS>(tile, [&](int r) {
-        long long row = row_of(start, rows, s, head, first_g, r);
-        return row < 0 ? nullptr : x + row * LENGTH;
+        int row = row_of(start, rows, s, head, first_g, r);
+        return row < 0 ? nullptr : x + static_cast<long long>(row) * LENGTH;
     });
 }
 
@@ -161,7 +168,7 @@ __device__ __forceinline__ void store_state(float* state, const float* tile) {
 
 // states [chunks, K, DK, DV]: what the chunk's own tokens leave behind; totals [chunks, K, DG]: its log gates summed. With
 // q == nullptr forward (k, v), else backward (q, dout). Grid (chunks, K).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     chunk_states(float* states, float* totals, const act* k, const act* v, const act* q, const act* dout,
                  const float* gates, const ChunkInfo* chunks, Sizes s) {
     ChunkInfo chunk = chunks[blockIdx.x];
@@ -242,7 +249,7 @@ extern "C" __global__ void scan_states(float* states, const float* totals, float
 
 // A step token by token, for gates too strong for exp(-b): S is moved on through it, and outputs (or dq) are written.
 template <bool GRADIENT>
-__device__ void rows_one_by_one(act* out, const act* x, const elem* kt, const elem* vt, float* state, const float* b,
+__device__ __noinline__ void rows_one_by_one(act* out, const act* x, const elem* kt, const elem* vt, float* state, const float* b,
                                 int start, int count, const Sizes& s, int head) {
     constexpr int DX = GRADIENT ? DV : DK, DZ = GRADIENT ? DK : DV;
     for (int t = 0; t < count; t++) {
@@ -285,6 +292,7 @@ __device__ __forceinline__ void rows_of_chunk(act* out, const act* x, const act*
     elem* scores = carve.tile(ROWS, STEP);
     elem* narrow = carve.tile(PK, PV);
     load_state(state, states + (static_cast<long long>(blockIdx.x) * s.kv + head) * DK * DV);
+#pragma unroll 1
     for (int first = 0; first < chunk.len; first += STEP) {
         int start = chunk.start + first, count = min(STEP, chunk.len - first);
         __syncthreads();
@@ -321,13 +329,13 @@ __device__ __forceinline__ void rows_of_chunk(act* out, const act* x, const act*
                     product<STEP, false, false>(c, scores, ES, row, z, EZ, column);
                 },
                 [&](int i, int j, float left, float right) {
-                    long long row = row_of(start, count, s, head, first_g, i);
+                    int row = row_of(start, count, s, head, first_g, i);
                     if (row < 0 || j >= DZ) return;
                     if (!EARLY) {
                         const float* decay = from_start + i / SLICE * FG + j;
                         left *= decay[0], right *= decay[1];
                     }
-                    store2(out + row * DZ + j, left, right);
+                    store2(out + static_cast<long long>(row) * DZ + j, left, right);
                 });
         }
         if (first + STEP < chunk.len) {
@@ -339,20 +347,20 @@ __device__ __forceinline__ void rows_of_chunk(act* out, const act* x, const act*
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     chunk_rows(act* out, const act* q, const act* k, const act* v, const float* gates, const float* states,
                const ChunkInfo* chunks, Sizes s) {
     rows_of_chunk<false>(out, q, k, v, gates, states, chunks, s);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     chunk_rows_gradient(act* dq, const act* dout, const act* k, const act* v, const float* gates, const float* states,
                         const ChunkInfo* chunks, Sizes s) {
     rows_of_chunk<true>(dq, dout, k, v, gates, states, chunks, s);
 }
 
 // A step of the gradients of k and v token by token from its end; dS is moved back through it.
-__device__ void columns_one_by_one(float* dkt, float* dvt, const act* q, const act* dout, const elem* kt, const elem* vt,
+__device__ __noinline__ void columns_one_by_one(float* dkt, float* dvt, const act* q, const act* dout, const elem* kt, const elem* vt,
                                    float* state, const float* b, int start, int count, const Sizes& s, int head) {
     for (int t = count - 1; t >= 0; t--) {
         long long row = static_cast<long long>(start + t) * s.heads + head * GROUP;
@@ -385,7 +393,7 @@ __device__ void columns_one_by_one(float* dkt, float* dvt, const act* q, const a
 // Gradients of k, v, and each chunk's own part of the gates' gradient: local[t] = sum over the chunk's tokens from t on of
 // sum_g(x dx) - y dy, where x, dx are q, dq (AXIS 0) or out, do (AXIS 1), and y, dy are k, dk or v, dv; the whole chunk's
 // goes to chunk_sums [chunks, K, DG]. `dstates`: gradient of the state after each chunk. Grid (chunks, K).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     chunk_columns(act* dk_out, act* dv_out, float* local, float* chunk_sums, const act* q, const act* k, const act* v,
                   const act* dout, const act* dq_or_out, const float* gates, const float* dstates,
                   const ChunkInfo* chunks, Sizes s) {

@@ -206,8 +206,19 @@ impl Ops for Cuda {
         self.norm_backward(dx, x, weight, epsilon, dy)
     }
 
-    fn rope(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
-        self.rope_(x, cos, sin, inverse)
+    fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()> {
+        self.combine_(out, a, x, b, y)
+    }
+
+    fn rope(
+        &self,
+        out: &mut Tensor,
+        x: &Tensor,
+        angles: (&Tensor, &Tensor),
+        inverse: bool,
+        add: Option<&Tensor>,
+    ) -> Result<()> {
+        self.rope_(out, x, angles, inverse, add)
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {

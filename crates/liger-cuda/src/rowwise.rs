@@ -108,15 +108,40 @@ impl Cuda {
         self.launch((Source::Elementwise, NAME), Self::norm_launch(width, rows), &args)
     }
 
-    pub(crate) fn rope_(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
+    pub(crate) fn combine_(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()> {
+        same_length("combine", out, x)?;
+        same_length("combine", out, y)?;
+        let (x, y) = (self.act("combine", x)?, self.act("combine", y)?);
+        let args = [self.act("combine", out)?, Arg::Float(a), x, Arg::Float(b), y, long(out.len())];
+        self.launch((Source::Elementwise, "combine"), Launch::over(out.len(), 4), &args)
+    }
+
+    pub(crate) fn rope_(
+        &self,
+        out: &mut Tensor,
+        x: &Tensor,
+        (cos, sin): (&Tensor, &Tensor),
+        inverse: bool,
+        add: Option<&Tensor>,
+    ) -> Result<()> {
         let pairs = x.len() / 2;
+        same_length("rope", out, x)?;
         if cos.len() != x.dim(0) * x.dim(2) / 2 {
             let expected = format!("[{}, {}]", x.dim(0), x.dim(2) / 2);
             return Err(Error::Shape { operation: "rope", found: cos.shape().to_vec(), expected });
         }
+        let add = match add {
+            Some(add) => {
+                same_length("rope", add, x)?;
+                self.act("rope", add)?
+            }
+            None => Arg::Pointer(0),
+        };
         let sign = if inverse { -1.0 } else { 1.0 };
         let args = [
+            self.act("rope", out)?,
             self.act("rope", x)?,
+            add,
             self.f32("rope", cos)?,
             self.f32("rope", sin)?,
             int(x.dim(1)),
@@ -220,7 +245,14 @@ impl Cuda {
         let (width, rows) = rows_of(x);
         let (y, x) = (self.act(name, y)?, self.act(name, x)?);
         let args = [y, gates, x, Arg::Int(map), Arg::Int(kind), Arg::Float(divisor), int(width), int(rows)];
-        self.launch((Source::Features, name), Launch::warp_rows(rows), &args)
+        // A quarter of the head in threads, where that divides a warp.
+        let fours = width % 4 == 0 && (width / 4).is_power_of_two() && width <= 128;
+        let (kernel, launch) = match (name, fours) {
+            ("features_forward", true) => ("features_forward_fours", Launch::warp_rows((rows * width).div_ceil(128))),
+            (_, true) => ("features_backward_fours", Launch::warp_rows((rows * width).div_ceil(128))),
+            (_, false) => (name, Launch::warp_rows(rows)),
+        };
+        self.launch((Source::Features, kernel), launch, &args)
     }
 
     pub(crate) fn features(

@@ -132,8 +132,7 @@ impl Context<'_> {
         }
         let rotated = |x: &Tensor| -> Result<Tensor> {
             let mut out = ops.empty(x.shape())?;
-            ops.axpby(&mut out, 1.0, x, 0.0)?;
-            ops.rope(&mut out, &self.angles.0, &self.angles.1, false)?;
+            ops.rope(&mut out, x, (&self.angles.0, &self.angles.1), false, None)?;
             Ok(out)
         };
         let (rope_q, rope_k) = (rotated(&q)?, rotated(&k)?);
@@ -242,10 +241,9 @@ impl Context<'_> {
         let (mut dq, mut dk, dv) = (d.rope_q, d.rope_k, d.v);
         for (dx, plain) in [&mut dq, &mut dk].into_iter().zip(d.plain.map_or([None, None], |(q, k)| [Some(q), Some(k)]))
         {
-            ops.rope(dx, &self.angles.0, &self.angles.1, true)?;
-            if let Some(plain) = plain {
-                ops.axpby(dx, 1.0, &plain, 1.0)?;
-            }
+            let mut both = ops.empty(dx.shape())?;
+            ops.rope(&mut both, dx, (&self.angles.0, &self.angles.1), true, plain.as_ref())?;
+            *dx = both;
         }
         if let (Some(raw), Some(norms)) = (&activations.raw_qk, &weights.head_norms) {
             for ((dy, raw), weight) in [&mut dq, &mut dk].into_iter().zip(raw).zip(norms) {

@@ -179,7 +179,19 @@ impl Decoder {
         self.final_norm(&x)
     }
 
-    /// Logits `[N, V]` of hidden states.
+    /// Logits `[N, V]` of hidden states in the type of activations: for a loss and its gradient, where the rounding is
+    /// noise and the memory traffic counts.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn training_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let head = self.output_weight();
+        let mut logits = self.ops.empty(&[hidden.dim(0), head.dim(0)])?;
+        self.ops.gemm(&mut logits, hidden, head, Gemm::LINEAR)?;
+        Ok(logits)
+    }
+
+    /// Logits `[N, V]` of hidden states, in float32.
     ///
     /// # Errors
     /// If the device fails.

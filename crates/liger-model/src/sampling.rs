@@ -70,18 +70,22 @@ impl Sampling {
     }
 }
 
-/// Keeps the most likely candidates that together reach `mass`; their sum. The few likely ones are sorted first, for
-/// they nearly always suffice.
+/// Keeps the most likely candidates that together reach `mass`; their sum. Only as many as are surely enough are sorted:
+/// a vocabulary is long, and few of it nearly always suffice.
 fn nucleus(candidates: &mut Vec<(u32, f32)>, mass: f32) -> f32 {
-    let mut likely = 0;
-    for i in 0..candidates.len() {
-        if candidates[i].1 > 1e-3 {
-            candidates.swap(i, likely);
-            likely += 1;
+    let (mut sorted, mut held) = (0, 0.0);
+    for least in [1e-2, 1e-3, 1e-4, 1e-5, 0.0] {
+        for i in sorted..candidates.len() {
+            if candidates[i].1 >= least {
+                held += candidates[i].1;
+                candidates.swap(i, sorted);
+                sorted += 1;
+            }
+        }
+        if held >= mass {
+            break;
         }
     }
-    let enough = candidates[..likely].iter().map(|c| c.1).sum::<f32>() >= mass;
-    let sorted = if enough { likely } else { candidates.len() };
     candidates[..sorted].sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     let (mut sum, mut keep) = (0.0, 0);
     while keep < candidates.len() && sum < mass {

@@ -227,9 +227,18 @@ pub trait Ops: Send + Sync {
     fn rms_norm_forward(&self, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()>;
     /// Adds the gradient of `x` to `dx`.
     fn rms_norm_backward(&self, dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()>;
-    /// Rotates the halves of each head of `x [N, heads, D]` by the angles of `cos`, `sin` `[N, D/2]`; `inverse`
-    /// rotates back, which is also the backward.
-    fn rope(&self, x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()>;
+    /// `out = a x + b y`.
+    fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()>;
+    /// Rotates the halves of each head of `x [N, heads, D]` by the `angles`, cosines and sines `[N, D/2]`, and adds
+    /// `add` if there is one; `inverse` rotates back, which is also the backward.
+    fn rope(
+        &self,
+        out: &mut Tensor,
+        x: &Tensor,
+        angles: (&Tensor, &Tensor),
+        inverse: bool,
+        add: Option<&Tensor>,
+    ) -> Result<()>;
     /// `silu(gate) up`.
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()>;
     /// Overwrites `gate` and `up` by their gradients.

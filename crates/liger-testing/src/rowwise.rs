@@ -105,11 +105,15 @@ fn rope(c: &Check<'_>) {
         .collect();
     let table = |f: fn(f64) -> f64| c.exact(&angles.iter().map(|a| f(*a)).collect::<Vec<_>>(), &[n, d / 2]);
     let (cos, sin) = (table(f64::cos), table(f64::sin));
-    let mut out = c.tensor(&x, &[n, heads, d]);
-    c.ops.rope(&mut out, &cos, &sin, false).expect("rope");
+    let xt = c.tensor(&x, &[n, heads, d]);
+    let mut out = c.poisoned(&[n, heads, d]);
+    c.ops.rope(&mut out, &xt, (&cos, &sin), false, None).expect("rope");
     c.close("rope", &out, &expected);
-    c.ops.rope(&mut out, &cos, &sin, true).expect("rope");
-    c.close("rope back", &out, &x);
+    let mut back = c.poisoned(&[n, heads, d]);
+    c.ops.rope(&mut back, &out, (&cos, &sin), true, Some(&xt)).expect("rope");
+    c.close("rope back, and added", &back, &x.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
+    c.ops.combine(&mut out, 0.5, &xt, 2.0, &back).expect("combine");
+    c.close("combine", &out, &x.iter().map(|x| 4.5 * x).collect::<Vec<_>>());
 }
 
 fn map(x: &[f64], kind: FeatureMap, d: usize) -> Vec<f64> {

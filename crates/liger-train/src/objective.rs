@@ -71,12 +71,12 @@ impl Models<'_> {
                 ops.copy_rows(&mut rows, x, first)?;
                 Ok(rows)
             };
-            let mut logits = self.student.logits(&rows_of(hidden)?)?;
+            let mut logits = self.student.training_logits(&rows_of(hidden)?)?;
             let scale = gradient.as_ref().map(|(_, scale)| *scale);
             let losses = match teacher_hidden {
                 None => ops.cross_entropy(&mut logits, labels, scale)?,
                 Some(teacher) => {
-                    let target = self.teacher.logits(&rows_of(teacher)?)?;
+                    let target = self.teacher.training_logits(&rows_of(teacher)?)?;
                     let counts: Vec<bool> = labels.iter().map(|&label| label >= 0).collect();
                     ops.kl_divergence(&mut logits, &target, &counts, scale)?
                 }

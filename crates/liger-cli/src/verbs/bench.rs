@@ -7,13 +7,15 @@ use liger_eval::{Axis, Line, Plot, Table, step_cost};
 use liger_model::{
     Adapter, Decoder, LigerConfig, LoraConfig, ModelConfig, RandomWeights, SHAPES, Structure, Target, Weights, files,
 };
-use liger_tensor::{Gemm, Ops, Sequences, Tensor};
+use liger_tensor::{
+    FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences, Tensor,
+};
 use liger_train::{Optimizer, Recipe};
 use serde_json::json;
 
 use crate::common::{DeviceArgs, RecomputeArg, mebibytes, print};
 
-/// Measure decoding, prefill or training.
+/// Measure decoding, prefill, training, or the recurrence alone.
 #[derive(clap::Args)]
 #[command(after_help = "Example: liger bench decode --shape smollm2-135m --lengths 512,4096,16384")]
 pub struct Args {
@@ -29,7 +31,8 @@ pub struct Args {
     /// Structure of the student; `none` measures softmax attention
     #[arg(long, default_value = "gla")]
     structure: String,
-    /// Lengths in tokens [default: 512,4096,16384 for decode, 1024,4096,16384 for prefill, 1024 for train]
+    /// Lengths in tokens [default: 512,4096,16384 for decode, 1024,4096,16384 for prefill, 1024 for train, 1024,4096,16384,65536
+    /// for recurrence]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<usize>,
     /// Texts side by side
@@ -59,6 +62,8 @@ enum What {
     Decode,
     Prefill,
     Train,
+    /// The chunked recurrence alone, of 8,192 tokens or one longer text
+    Recurrence,
 }
 
 pub fn run(args: &Args) -> Result<()> {
@@ -87,6 +92,7 @@ pub fn run(args: &Args) -> Result<()> {
         What::Decode => &[512, 4096, 16_384],
         What::Prefill => &[1024, 4096, 16_384],
         What::Train => &[1024],
+        What::Recurrence => &[1024, 4096, 16_384, 65_536],
     };
     let lengths = if args.lengths.is_empty() { defaults.to_vec() } else { args.lengths.clone() };
     if lengths.contains(&0) || args.repeat == 0 || args.batch == 0 {
@@ -97,6 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
         What::Decode => bench.decode(&lengths)?,
         What::Prefill => bench.prefill(&lengths)?,
         What::Train => bench.train(&lengths)?,
+        What::Recurrence => bench.recurrence(&lengths)?,
     };
     if let Some(path) = &args.svg {
         let points =
@@ -117,6 +124,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     print(&format!("{}; {bound}\n{}", ops.describe(), table.to_text()))
 }
+
+const GLA_GATE: Gate = Gate::LogSigmoid { divisor: 16.0 };
 
 struct Bench<'a> {
     decoder: &'a Decoder,
@@ -239,6 +248,49 @@ impl Bench<'_> {
         Ok((table, rows, format!("the model's matrix products alone run at {:.2} TFLOP/s", bound / 1e12)))
     }
 
+    /// One layer's recurrence of gla, forward and backward, without projections and feature maps.
+    fn recurrence(&self, lengths: &[usize]) -> Result<Measured> {
+        let (ops, config) = (self.ops, self.decoder.config());
+        let (heads, kv, d) = (config.num_heads, config.num_kv_heads, config.head_dim);
+        let mut table = Table::new(["texts", "forward ms", "forward and backward ms"]);
+        let mut rows = Vec::new();
+        for &length in lengths {
+            let batch = (8192 / length).max(1);
+            let n = batch * length;
+            let random = |h: usize, seed: u64| ops.random(&[n, h, d], 1.0, seed, ops.activations());
+            let (mut q, mut k, v) = (random(heads, 1)?, random(kv, 2)?, random(kv, 3)?);
+            let spec = FeatureSpec { query: FeatureMap::Softmax, key: FeatureMap::Softmax, gate: GLA_GATE };
+            let (mut query, mut key) = (ops.empty(q.shape())?, ops.empty(k.shape())?);
+            let mut log_gate = ops.empty_f32(k.shape())?;
+            ops.features_forward(&mut query, &mut key, &mut log_gate, &q, &k, spec)?;
+            let (mut out, mut dv, mut dgate) =
+                (ops.empty(q.shape())?, ops.empty(v.shape())?, ops.empty_f32(k.shape())?);
+            let sequences = Sequences::fresh(vec![length; batch]);
+            let inputs = || Recurrence {
+                q: &query,
+                k: &key,
+                v: &v,
+                log_gate: &log_gate,
+                axis: GateAxis::Key,
+                sequences: &sequences,
+            };
+            let dout = random(heads, 4)?;
+            let forward = self.median(20, || Ok(ops.gated_recurrence_forward(&mut out, inputs(), None)?))?;
+            let mut both = || {
+                ops.gated_recurrence_forward(&mut out, inputs(), None)?;
+                let (q, k, v, log_gate) = (&mut q, &mut k, &mut dv, &mut dgate);
+                let gradients = RecurrenceGradients { q, k, v, log_gate, state: None };
+                Ok(ops.gated_recurrence_backward(gradients, inputs(), None, &dout)?)
+            };
+            let total = self.median(20, &mut both)?;
+            self.profile("in both passes", &mut both)?;
+            table.row([format!("{batch} x {length}"), format!("{:.3}", forward * 1e3), format!("{:.3}", total * 1e3)]);
+            rows.push(json!({"tokens": length, "batch": batch, "forward_ms": forward * 1e3, "both_ms": total * 1e3,
+                "tokens_per_second": n as f64 / total}));
+        }
+        Ok((table, rows, format!("{heads} query and {kv} key/value heads of {d}")))
+    }
+
     /// The gradient of the hidden states by the mean next-token loss, chunk by chunk as in training.
     fn loss_gradient(&self, hidden: &Tensor, labels: &[i64]) -> Result<Tensor> {
         let ops = self.ops;
@@ -248,7 +300,7 @@ impl Bench<'_> {
             let count = chunk.min(labels.len() - first);
             let mut rows = ops.empty(&[count, hidden.dim(1)])?;
             ops.copy_rows(&mut rows, hidden, first)?;
-            let mut logits = self.decoder.logits(&rows)?;
+            let mut logits = self.decoder.training_logits(&rows)?;
             ops.cross_entropy(&mut logits, &labels[first..first + count], Some(1.0 / labels.len() as f32))?;
             self.decoder.logits_backward(&mut rows, &logits)?;
             ops.write_rows(&mut dhidden, &rows, first)?;

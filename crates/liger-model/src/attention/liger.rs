@@ -76,8 +76,8 @@ impl Liger {
         let mut window = ops.empty(x.q.shape())?;
         ops.attention_forward(&mut window, x.rope_q, x.rope_k, x.v, sequences, self.spec, cache)?;
         let mut mixed = ops.empty(x.q.shape())?;
-        ops.axpby(&mut mixed, self.beta, &window, 0.0)?;
         if self.alpha == 0.0 {
+            ops.axpby(&mut mixed, self.beta, &window, 0.0)?;
             return Ok((mixed, LigerActivations { window, recurrent: None, branch: Branch::Off }));
         }
         let mut recurrent = ops.empty(x.q.shape())?;
@@ -97,7 +97,7 @@ impl Liger {
                 Branch::Slots(Slots::forward(ops, &mut recurrent, qkv, self.slots, sequences, recurrent_state)?)
             }
         };
-        ops.axpby(&mut mixed, self.alpha, &recurrent, 1.0)?;
+        ops.combine(&mut mixed, self.alpha, &recurrent, self.beta, &window)?;
         Ok((mixed, LigerActivations { window, recurrent: Some(recurrent), branch }))
     }
 
