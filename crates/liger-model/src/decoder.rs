@@ -1,6 +1,6 @@
 //! The whole decoder: embedding, blocks, final norm, output layer; inference, and the two passes of training.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use liger_tensor::{DType, Gemm, Ops, Sequences, Tensor};
 
@@ -20,7 +20,11 @@ pub struct Decoder {
     weights: Arc<Weights>,
     mixers: Vec<Mixer>,
     frequencies: Arc<(Vec<f64>, f64)>,
+    last_angles: Arc<Mutex<Option<(Sequences, Angles)>>>,
 }
+
+/// Cosines and sines `[N, D/2]` of the rows' positions.
+type Angles = Arc<(Tensor, Tensor)>;
 
 /// What a training forward keeps for the backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +49,8 @@ impl Decoder {
     /// Puts a model together.
     pub fn new(ops: Arc<dyn Ops>, config: ModelConfig, weights: Weights) -> Self {
         let frequencies = Arc::new(config.rope.frequencies(config.head_dim));
-        Self { ops, mixers: Mixer::of(&config), config, weights: Arc::new(weights), frequencies }
+        let last_angles = Arc::default();
+        Self { ops, mixers: Mixer::of(&config), config, weights: Arc::new(weights), frequencies, last_angles }
     }
 
     /// The same weights with another attention: `None` for the softmax attention of the base model.
@@ -84,8 +89,12 @@ impl Decoder {
         unbounded.then_some(self.config.max_position_embeddings)
     }
 
-    /// Cosines and sines `[N, D/2]` of every row's position.
-    fn angles(&self, sequences: &Sequences) -> Result<(Tensor, Tensor)> {
+    /// The angles of every row. Training steps and the models that share weights ask for the same ones again and again.
+    fn angles(&self, sequences: &Sequences) -> Result<Angles> {
+        let mut last = self.last_angles.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, angles)) = last.as_ref().filter(|(of, _)| of == sequences) {
+            return Ok(angles.clone());
+        }
         let (frequencies, factor) = &*self.frequencies;
         let shape = [sequences.rows(), frequencies.len()];
         let mut cos = Vec::with_capacity(shape[0] * shape[1]);
@@ -97,7 +106,9 @@ impl Decoder {
                 sin.push((s * factor) as f32);
             }
         }
-        Ok((self.ops.upload(cos, &shape, DType::F32)?, self.ops.upload(sin, &shape, DType::F32)?))
+        let angles = Arc::new((self.ops.upload(cos, &shape, DType::F32)?, self.ops.upload(sin, &shape, DType::F32)?));
+        *last = Some((sequences.clone(), angles.clone()));
+        Ok(angles)
     }
 
     fn context<'a>(
