@@ -59,7 +59,10 @@ impl DeviceArgs {
             (_, Some(number)) => match liger_cuda::Cuda::open(number, self.dtype.into()) {
                 Ok(gpu) => Ok(Arc::new(gpu)),
                 Err(why) if device == "auto" => {
-                    eprintln!("on the CPU; no NVIDIA GPU can be used: {why}");
+                    // Without an NVIDIA card nobody waits for one.
+                    if liger_cuda::is_card_there() {
+                        eprintln!("on the CPU; the NVIDIA GPU cannot be used: {why}");
+                    }
                     Ok(Arc::new(liger_cpu::Cpu::new()))
                 }
                 Err(why) => bail!("--device {device}: {why}; or use --device cpu"),

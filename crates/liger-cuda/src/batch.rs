@@ -9,6 +9,9 @@ use crate::driver::{Block, Gpu};
 /// Tokens of a chunk of the recurrence: `CHUNK` in kernels/recurrence.cu.
 pub(crate) const CHUNK: usize = 64;
 
+/// An array of `BlockInfo` and its length.
+pub(crate) type Blocks = Arc<(Block, usize)>;
+
 /// The arrays of one batch.
 pub(crate) struct Batch {
     sequences: Sequences,
@@ -23,7 +26,8 @@ pub(crate) struct Batch {
     pub(crate) order: Block,
     /// `BlockInfo` of every row.
     pub(crate) rows: Block,
-    blocks: Mutex<Vec<(usize, Arc<(Block, usize)>)>>,
+    /// By the size of a block: `BlockInfo` of every one, and their number.
+    blocks: Mutex<Vec<(usize, Blocks)>>,
 }
 
 impl Batch {
@@ -55,7 +59,7 @@ impl Batch {
     }
 
     /// `BlockInfo` of blocks of `size` tokens of every sequence, and their number.
-    pub(crate) fn blocks(&self, gpu: &Arc<Gpu>, size: usize) -> Result<Arc<(Block, usize)>> {
+    pub(crate) fn blocks(&self, gpu: &Arc<Gpu>, size: usize) -> Result<Blocks> {
         let mut kept = self.blocks.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, blocks)) = kept.iter().find(|(s, _)| *s == size) {
             return Ok(blocks.clone());

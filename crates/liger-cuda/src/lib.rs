@@ -74,6 +74,13 @@ impl Cuda {
     }
 }
 
+/// Whether the system shows an NVIDIA card, usable or not.
+pub fn is_card_there() -> bool {
+    ["/dev/nvidiactl", "/dev/nvidia0", "/proc/driver/nvidia", "/dev/dxg"]
+        .iter()
+        .any(|p| std::path::Path::new(p).exists())
+}
+
 /// Where a tensor's elements are on this GPU.
 fn pointer(operation: &'static str, tensor: &Tensor) -> Result<u64> {
     let block = match tensor.storage() {

@@ -75,7 +75,8 @@ impl Sampling {
 fn nucleus(candidates: &mut Vec<(u32, f32)>, mass: f32) -> f32 {
     let (mut sorted, mut held) = (0, 0.0);
     for least in [1e-2, 1e-3, 1e-4, 1e-5, 0.0] {
-        for i in sorted..candidates.len() {
+        let from = sorted;
+        for i in from..candidates.len() {
             if candidates[i].1 >= least {
                 held += candidates[i].1;
                 candidates.swap(i, sorted);

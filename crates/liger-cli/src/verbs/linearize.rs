@@ -240,11 +240,11 @@ impl Texts {
         };
         if let (Some(documents), Some(path)) = (given.measured, &args.eval_data) {
             pieces = cut(&documents.list, args.eval_pieces);
-            description = format!("{} pieces of up to {PIECE} tokens of {}", pieces.len(), file_name(path));
+            description = format!("{} from {}", texts_of(pieces.len()), file_name(path));
         } else if !own {
             let held_out = if validation.is_empty() { &training } else { &validation };
             pieces = cut(held_out, args.eval_pieces);
-            description = format!("{} pieces of up to {PIECE} tokens of the validation documents", pieces.len());
+            description = format!("{} from the validation documents", texts_of(pieces.len()));
         }
         Ok(Self { training, validation, pieces, description })
     }
@@ -343,6 +343,10 @@ fn tune(
     let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     let records = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     Ok((adapter, records))
+}
+
+fn texts_of(count: usize) -> String {
+    format!("{count} text{} of up to {PIECE} tokens", if count == 1 { "" } else { "s" })
 }
 
 /// Says what a step needs of a device's own memory, and refuses what cannot fit.
