@@ -4,7 +4,8 @@
 //! block is two (backward: five) matrix products with a row-wise softmax between. The query heads of a group are
 //! stacked as rows. Cost is linear in the length with a window.
 
-use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequence, Sequences, Tensor};
+use liger_tensor::checks::{Heads, grown_cache_rows, same_length};
+use liger_tensor::{AttentionSpec, KeyValueCache, Result, Sequence, Sequences, Tensor};
 
 use crate::dots;
 use crate::elementwise::softmax_backward_row;
@@ -16,37 +17,13 @@ const BLOCK: usize = 64;
 /// Keys that one task of a one-token step looks at.
 const STEP_CHUNK: usize = 2048;
 
-/// Sizes that q `[N, H, D]` and k `[N, K, D]` have.
-#[derive(Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) query: usize,
-    pub(crate) kv: usize,
-    pub(crate) dim: usize,
+/// Where row `t` of the query group of key/value head `head` begins; its `group * dim` elements are contiguous.
+fn query_at(heads: Heads, t: usize, head: usize) -> usize {
+    (t * heads.query + head * heads.group()) * heads.dim
 }
 
-impl Heads {
-    pub(crate) fn of(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Self> {
-        let heads = Self { query: q.dim(1), kv: k.dim(1), dim: q.dim(2) };
-        let fits = heads.kv > 0 && heads.query.is_multiple_of(heads.kv) && k.dim(2) == heads.dim;
-        if fits && q.dim(0) == k.dim(0) && q.dim(0) == sequences.rows() {
-            return Ok(heads);
-        }
-        let expected = format!("{} rows of query heads that are a multiple of {:?}'s", sequences.rows(), k.shape());
-        Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
-    }
-
-    pub(crate) fn group(self) -> usize {
-        self.query / self.kv
-    }
-
-    /// Where row `t` of the query group of key/value head `head` begins; its `group * dim` elements are contiguous.
-    pub(crate) fn query_at(self, t: usize, head: usize) -> usize {
-        (t * self.query + head * self.group()) * self.dim
-    }
-
-    fn kv_at(self, t: usize, head: usize) -> usize {
-        (t * self.kv + head) * self.dim
-    }
+fn kv_at(heads: Heads, t: usize, head: usize) -> usize {
+    (t * heads.kv + head) * heads.dim
 }
 
 /// Keys or values of one head: those of this batch, and before them those of a cache.
@@ -65,7 +42,7 @@ impl Source<'_> {
         let d = self.heads.dim;
         match (self.past, position.checked_sub(self.sequence.position)) {
             (_, Some(t)) => {
-                let at = self.heads.kv_at(self.sequence.start + t, self.head);
+                let at = kv_at(self.heads, self.sequence.start + t, self.head);
                 &self.new[at..at + d]
             }
             (Some(past), None) => {
@@ -119,7 +96,7 @@ fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<u
     let width = heads.group() * heads.dim;
     let mut rows = Vec::with_capacity(range.len() * width);
     for t in range {
-        let at = heads.query_at(t, head);
+        let at = query_at(heads, t, head);
         rows.extend_from_slice(&x[at..at + width]);
     }
     rows
@@ -135,8 +112,8 @@ pub(crate) fn forward(
     mut cache: Option<&mut KeyValueCache>,
 ) -> Result<()> {
     let heads = Heads::of("attention_forward", q, k, sequences)?;
-    crate::elementwise::same_length("attention_forward", out, q)?;
-    crate::elementwise::same_length("attention_forward", v, k)?;
+    same_length("attention_forward", out, q)?;
+    same_length("attention_forward", v, k)?;
     let (q, k, v) = (q.as_f32()?, k.as_f32()?, v.as_f32()?);
     if let Some(cache) = cache.as_deref_mut() {
         reserve(cache, sequences, heads)?;
@@ -178,7 +155,7 @@ pub(crate) fn forward(
         let width = heads.group() * d;
         for (t, row) in block.chunks_exact(width).enumerate() {
             // SAFETY: each (token, head) belongs to exactly one task.
-            unsafe { out.slice(heads.query_at(sequence.start + first + t, head), width) }.copy_from_slice(row);
+            unsafe { out.slice(query_at(heads, sequence.start + first + t, head), width) }.copy_from_slice(row);
         }
     });
     if let Some(cache) = cache {
@@ -189,17 +166,8 @@ pub(crate) fn forward(
 
 /// Grows a cache without a window to hold the positions to come.
 fn reserve(cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
-    let have = cache.keys.dim(2);
-    let need = match cache.spec.window {
-        Some(window) => cache.spec.sinks + window,
-        None => sequences.list().iter().map(|s| s.position + s.len).max().unwrap_or(0),
-    };
-    if need <= have {
-        return Ok(());
-    }
-    // An eighth on top keeps the copying linear over a long generation, at little unused memory.
-    let grown_rows = if cache.spec.window.is_some() { need } else { need + (need / 8).max(64) };
-    let slots = cache.keys.dim(0);
+    let Some(grown_rows) = grown_cache_rows(cache, sequences) else { return Ok(()) };
+    let (slots, have) = (cache.keys.dim(0), cache.keys.dim(2));
     for tensor in [&mut cache.keys, &mut cache.values] {
         let mut grown = vec![0.0f32; slots * heads.kv * grown_rows * heads.dim];
         let row = heads.dim;
@@ -229,7 +197,7 @@ fn insert(cache: &mut KeyValueCache, k: &[f32], v: &[f32], sequences: &Sequences
                 for head in 0..heads.kv {
                     let row = KeyValueCache::row(spec, position);
                     let at = ((s.slot * heads.kv + head) * cache_rows + row) * d;
-                    let from = heads.kv_at(s.start + t, head);
+                    let from = kv_at(heads, s.start + t, head);
                     held[at..at + d].copy_from_slice(&new[from..from + d]);
                 }
             }
@@ -263,7 +231,7 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
         // SAFETY: a task has its own part.
         let parts = unsafe { shared.slice(task * group * part, group * part) };
         let count = last - first;
-        let at = heads.query_at(s.start, head);
+        let at = query_at(heads, s.start, head);
         let mut scores = vec![0.0f32; group * count];
         dots::product_alone(&mut scores, &q[at..at + group * d], keys, (group, count, d), scale);
         let mut sums = vec![0.0f32; group * d];
@@ -286,7 +254,7 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
         for g in 0..group {
             let part_of = |i: usize| &parts[((at + i) * group + g) * part..((at + i) * group + g + 1) * part];
             let max = (0..count).map(|i| part_of(i)[0]).fold(f32::NEG_INFINITY, f32::max);
-            let row = heads.query_at(s.start, head) + g * d;
+            let row = query_at(heads, s.start, head) + g * d;
             let out = &mut out[row..row + d];
             out.fill(0.0);
             let mut sum = 0.0;
@@ -317,7 +285,7 @@ pub(crate) fn backward(
 ) -> Result<()> {
     let heads = Heads::of("attention_backward", q, k, sequences)?;
     for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (v, k)] {
-        crate::elementwise::same_length("attention_backward", a, b)?;
+        same_length("attention_backward", a, b)?;
     }
     let (q, k, v, dout) = (q.as_f32()?, k.as_f32()?, v.as_f32()?, dout.as_f32()?);
     let (dq, dk, dv) =
@@ -362,13 +330,13 @@ pub(crate) fn backward(
             }
             for (t, row) in block_dq.chunks_exact(width).enumerate() {
                 // SAFETY: each (token, head) belongs to exactly one task.
-                unsafe { dq.slice(heads.query_at(sequence.start + first + t, head), width) }.copy_from_slice(row);
+                unsafe { dq.slice(query_at(heads, sequence.start + first + t, head), width) }.copy_from_slice(row);
             }
         }
         for (to, all) in [(&dk, &all_dk), (&dv, &all_dv)] {
             for (t, row) in all.chunks_exact(d).enumerate() {
                 // SAFETY: as above.
-                unsafe { to.slice(heads.kv_at(sequence.start + t, head), d) }.copy_from_slice(row);
+                unsafe { to.slice(kv_at(heads, sequence.start + t, head), d) }.copy_from_slice(row);
             }
         }
     });

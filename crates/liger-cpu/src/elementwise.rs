@@ -1,23 +1,10 @@
 //! Norms, RoPE, SwiGLU, embedding, dropout and sums.
 
-use liger_tensor::{Error, Result, Storage, Tensor};
+use liger_tensor::checks::{self, same_length, whole_rows};
+use liger_tensor::{Result, Storage, Tensor};
 
 use crate::math::{dot, exp, sigmoid, softmax};
 use crate::parallel::{for_rows, vectorized};
-
-pub(crate) fn same_length(operation: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
-    if a.len() == b.len() {
-        return Ok(());
-    }
-    Err(Error::Shape { operation, found: a.shape().to_vec(), expected: format!("as many elements as {:?}", b.shape()) })
-}
-
-fn whole_rows(operation: &'static str, x: &Tensor, width: usize) -> Result<()> {
-    if width > 0 && x.len().is_multiple_of(width) {
-        return Ok(());
-    }
-    Err(Error::Shape { operation, found: x.shape().to_vec(), expected: format!("rows of {width}") })
-}
 
 pub(crate) fn add_bias(x: &mut Tensor, bias: &Tensor) -> Result<()> {
     whole_rows("add_bias", x, bias.len())?;
@@ -95,10 +82,7 @@ pub(crate) fn rms_norm_backward(dx: &mut Tensor, x: &Tensor, weight: &Tensor, ep
 
 pub(crate) fn rope(x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
     let (heads, d, half) = (x.dim(1), x.dim(2), cos.dim(1));
-    if d != 2 * half || x.dim(0) != cos.dim(0) || cos.len() != sin.len() {
-        let expected = format!("rows and half a head as in {:?}", cos.shape());
-        return Err(Error::Shape { operation: "rope", found: x.shape().to_vec(), expected });
-    }
+    checks::rope(x, cos, sin)?;
     let (cos, sin) = (cos.as_f32()?, sin.as_f32()?);
     let sign = if inverse { -1.0 } else { 1.0 };
     for_rows(x.as_f32_mut()?, heads * d, |first, rows| {
@@ -156,14 +140,7 @@ pub(crate) fn swiglu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor)
 }
 
 pub(crate) fn embedding(out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-    let (vocabulary, d) = (table.dim(0), table.dim(1));
-    if out.len() != ids.len() * d {
-        let expected = format!("{} rows of {d}", ids.len());
-        return Err(Error::Shape { operation: "embedding", found: out.shape().to_vec(), expected });
-    }
-    if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
-        return Err(Error::TokenOutOfRange { id: i64::from(id), vocabulary });
-    }
+    let (_, d) = checks::embedding(out, table, ids)?;
     for (row, &id) in out.as_f32_mut()?.chunks_exact_mut(d.max(1)).zip(ids) {
         let range = id as usize * d..(id as usize + 1) * d;
         match table.storage() {

@@ -1,8 +1,9 @@
 //! Feature maps of query and key, and the gates that come out of the key.
 
-use liger_tensor::{Error, FeatureMap, FeatureSpec, Gate, Result, Tensor};
+use liger_tensor::checks::{self, same_length};
+use liger_tensor::{FeatureMap, FeatureSpec, Gate, Result, Tensor};
 
-use crate::elementwise::{same_length, softmax_backward_row};
+use crate::elementwise::softmax_backward_row;
 use crate::math::{exp, sigmoid, softmax, softplus};
 use crate::parallel::{for_rows, vectorized};
 
@@ -129,20 +130,11 @@ fn stretch(m: usize, slots: usize, d: usize) -> std::ops::Range<usize> {
     m * d / slots..((m + 1) * d).div_ceil(slots)
 }
 
-fn slot_sizes(operation: &'static str, gates: &Tensor, k: &Tensor) -> Result<(usize, usize)> {
-    let (d, slots) = (k.dim(2), gates.dim(2));
-    if gates.len() * d == k.len() * slots {
-        return Ok((d, slots));
-    }
-    let expected = format!("the rows and heads of {:?}", k.shape());
-    Err(Error::Shape { operation, found: gates.shape().to_vec(), expected })
-}
-
 const GSA_DIVISOR: f32 = 16.0;
 
 pub(crate) fn slot_gates_forward(log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {
     same_length("slot_gates_forward", write, log_gate)?;
-    let (d, slots) = slot_sizes("slot_gates_forward", log_gate, k)?;
+    let (d, slots) = checks::slots("slot_gates_forward", log_gate, k)?;
     let k = k.as_f32()?;
     let write = crate::parallel::Disjoint::new(write.as_f32_mut()?);
     for_rows(log_gate.as_f32_mut()?, slots, |first, log_gate| {
@@ -163,7 +155,7 @@ pub(crate) fn slot_gates_forward(log_gate: &mut Tensor, write: &mut Tensor, k: &
 pub(crate) fn slot_gates_backward(dk: &mut Tensor, dlog_gate: &Tensor, dwrite: &Tensor, k: &Tensor) -> Result<()> {
     same_length("slot_gates_backward", dk, k)?;
     same_length("slot_gates_backward", dwrite, dlog_gate)?;
-    let (d, slots) = slot_sizes("slot_gates_backward", dlog_gate, k)?;
+    let (d, slots) = checks::slots("slot_gates_backward", dlog_gate, k)?;
     let (k, dlog_gate, dwrite) = (k.as_f32()?, dlog_gate.as_f32()?, dwrite.as_f32()?);
     for_rows(dk.as_f32_mut()?, d, |first, dk| {
         for (row, dk) in dk.chunks_exact_mut(d).enumerate() {

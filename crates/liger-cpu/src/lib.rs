@@ -26,6 +26,7 @@ use std::any::Any;
 use std::sync::Arc;
 
 use half::bf16;
+use liger_tensor::checks::row_range;
 use liger_tensor::{
     AdamwStep, AttentionSpec, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
     RecurrenceGradients, Result, Sequences, Storage, Tensor,
@@ -42,16 +43,6 @@ impl Cpu {
     pub fn new() -> Self {
         Self::default()
     }
-}
-
-fn check_rows(operation: &'static str, large: &Tensor, small: &Tensor, start: usize) -> Result<(usize, usize)> {
-    let width = large.len() / large.dim(0).max(1);
-    let count = small.dim(0);
-    if small.len() == count * width && start + count <= large.dim(0) {
-        return Ok((start * width, count * width));
-    }
-    let expected = format!("rows {start}.. of {:?}", large.shape());
-    Err(Error::Shape { operation, found: small.shape().to_vec(), expected })
 }
 
 impl Ops for Cpu {
@@ -110,13 +101,13 @@ impl Ops for Cpu {
     }
 
     fn copy_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
-        let (at, count) = check_rows("copy_rows", source, destination, start)?;
+        let (at, count) = row_range("copy_rows", source, destination, start)?;
         destination.as_f32_mut()?.copy_from_slice(&source.as_f32()?[at..at + count]);
         Ok(())
     }
 
     fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
-        let (at, count) = check_rows("write_rows", destination, source, start)?;
+        let (at, count) = row_range("write_rows", destination, source, start)?;
         destination.as_f32_mut()?[at..at + count].copy_from_slice(source.as_f32()?);
         Ok(())
     }

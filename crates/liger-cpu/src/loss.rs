@@ -1,18 +1,11 @@
 //! Cross-entropy and KL divergence over rows of logits, each row's gradient written over its logits.
 
+use liger_tensor::checks::{logit_rows, same_length};
 use liger_tensor::{AdamwStep, Error, Result, Tensor};
 
-use crate::elementwise::{log_sum_exp, same_length};
+use crate::elementwise::log_sum_exp;
 use crate::math::exp;
 use crate::parallel::{Disjoint, for_rows, for_tasks, vectorized};
-
-fn check_rows(operation: &'static str, logits: &Tensor, rows: usize) -> Result<usize> {
-    let vocabulary = logits.shape().last().copied().unwrap_or(0);
-    if logits.len() == rows * vocabulary {
-        return Ok(vocabulary);
-    }
-    Err(Error::Shape { operation, found: logits.shape().to_vec(), expected: format!("{rows} rows") })
-}
 
 pub(crate) fn argmax(logits: &Tensor) -> Result<Vec<u32>> {
     let vocabulary = logits.shape().last().copied().unwrap_or(1).max(1);
@@ -21,7 +14,7 @@ pub(crate) fn argmax(logits: &Tensor) -> Result<Vec<u32>> {
 }
 
 pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
-    let vocabulary = check_rows("cross_entropy", logits, labels.len())?;
+    let vocabulary = logit_rows("cross_entropy", logits, labels.len())?;
     if let Some(&id) = labels.iter().find(|&&id| id >= vocabulary as i64) {
         return Err(Error::TokenOutOfRange { id, vocabulary });
     }
@@ -59,7 +52,7 @@ pub(crate) fn kl_divergence(
     gradient_scale: Option<f32>,
 ) -> Result<Vec<f32>> {
     same_length("kl_divergence", student, teacher)?;
-    let vocabulary = check_rows("kl_divergence", student, count.len())?;
+    let vocabulary = logit_rows("kl_divergence", student, count.len())?;
     let mut losses = vec![0.0f32; count.len()];
     let out = Disjoint::new(&mut losses);
     let student = Disjoint::new(student.as_f32_mut()?);

@@ -328,24 +328,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-// Adds the parts of the sinks' gradients. `stride` blocks lie between two of one text, whose first is `place`; a text has
-// `count` of them. Grid (sequences, K * sinks).
-extern "C" __global__ void attention_add_sinks(act* dk, act* dv, const float* parts, const BlockInfo* blocks, int block_count,
-                                               AttentionSizes s) {
+// Adds the parts of the sinks' gradients, one from each of a text's blocks. SHARES groups of DIM threads look at every
+// SHARES-th block. Grid (sequences, K * sinks).
+#define SHARES (1024 / DIM)
+extern "C" __global__ void __launch_bounds__(1024)
+    attention_add_sinks(act* dk, act* dv, const float* parts, const BlockInfo* blocks, int block_count, AttentionSizes s) {
+    __shared__ float sums[2][SHARES][DIM];
     int head = blockIdx.y / s.sinks, j = blockIdx.y % s.sinks;
+    int d = threadIdx.x % DIM, share = threadIdx.x / DIM;
     BlockInfo own = blocks[blockIdx.x];  // the first blocks of all texts come first
     if (own.position + j >= s.sinks || j >= own.len) return;
-    for (int d = threadIdx.x; d < DIM; d += blockDim.x) {
-        float sum_k = 0.0f, sum_v = 0.0f;
-        for (int i = 0; i < block_count; i++) {
+    float sum_k = 0.0f, sum_v = 0.0f;
+    if (share < SHARES) {
+        for (int i = share; i < block_count; i += SHARES) {
             if (blocks[i].start != own.start) continue;
             const float* part = parts + (static_cast<long long>(i) * s.kv + head) * 2 * 16 * DIM;
             sum_k += part[j * DIM + d], sum_v += part[(16 + j) * DIM + d];
         }
-        long long at = (static_cast<long long>(own.start + j) * s.kv + head) * DIM + d;
-        dk[at] = from_float<act>(to_float(dk[at]) + sum_k);
-        dv[at] = from_float<act>(to_float(dv[at]) + sum_v);
+        sums[0][share][d] = sum_k, sums[1][share][d] = sum_v;
     }
+    __syncthreads();
+    if (share != 0) return;
+    for (int other = 1; other < SHARES; other++) sum_k += sums[0][other][d], sum_v += sums[1][other][d];
+    long long at = (static_cast<long long>(own.start + j) * s.kv + head) * DIM + d;
+    dk[at] = from_float<act>(to_float(dk[at]) + sum_k);
+    dv[at] = from_float<act>(to_float(dv[at]) + sum_v);
 }
 
 // Puts new keys and values [N, K, D] into a cache; of more than the ring holds, only the last stay. Grid (N, 1).

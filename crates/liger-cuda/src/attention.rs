@@ -1,10 +1,10 @@
 //! Softmax attention: sizes and blocks for `kernels/attention.cu`, and the key/value cache.
 
-use liger_tensor::{AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::checks::{Heads, grown_cache_rows, same_length};
+use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequences, Tensor};
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Launch};
-use crate::rowwise::same_length;
 use crate::{Cuda, pointer, shared_bytes};
 
 /// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `QUERIES` of the kernels.
@@ -22,83 +22,115 @@ const KEYS_PER_SPLIT: usize = 512;
 /// Largest head: `STEP_DIMS` times a warp.
 const LARGEST_HEAD: usize = 256;
 
-/// Heads of q `[N, H, D]` and k `[N, K, D]`.
-#[derive(Clone, Copy)]
-pub(crate) struct Heads {
-    pub(crate) query: usize,
-    pub(crate) kv: usize,
-    pub(crate) dim: usize,
+/// The heads of q and k, if the kernels take them.
+pub(crate) fn heads(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Heads> {
+    let heads = Heads::of(operation, q, k, sequences)?;
+    if heads.group() <= QUERIES && heads.dim <= LARGEST_HEAD && heads.dim.is_multiple_of(2) {
+        return Ok(heads);
+    }
+    let expected = format!("groups of at most {QUERIES} heads, each of an even size of at most {LARGEST_HEAD}");
+    Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
 }
 
-impl Heads {
-    pub(crate) fn of(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Self> {
-        let heads = Self { query: q.dim(1), kv: k.dim(1), dim: q.dim(2) };
-        let grouped = heads.kv > 0 && heads.query.is_multiple_of(heads.kv) && heads.group() <= QUERIES;
-        let fits = grouped && k.dim(2) == heads.dim && heads.dim <= LARGEST_HEAD && heads.dim.is_multiple_of(2);
-        if fits && q.dim(0) == k.dim(0) && q.dim(0) == sequences.rows() {
-            return Ok(heads);
+/// `AttentionSizes` of the kernels.
+fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 7] {
+    let window = spec.window.map_or(i32::MAX, |w| w as i32);
+    let scale = (1.0 / (heads.dim as f32).sqrt()).to_bits() as i32;
+    let ring = i32::from(spec.window.is_some());
+    let [query, kv, sinks, cache_rows] = [heads.query, heads.kv, spec.sinks, cache_rows].map(|x| x as i32);
+    [query, kv, window, sinks, cache_rows, ring, scale]
+}
+
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn forward(
+    cuda: &Cuda,
+    out: &mut Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    sequences: &Sequences,
+    spec: AttentionSpec,
+    mut cache: Option<&mut KeyValueCache>,
+) -> Result<()> {
+    let heads = self::heads("attention_forward", q, k, sequences)?;
+    same_length("attention_forward", out, q)?;
+    same_length("attention_forward", v, k)?;
+    if let Some(cache) = cache.as_deref_mut() {
+        cuda.reserve(cache, sequences, heads)?;
+    }
+    match cache {
+        Some(cache) if sequences.list().iter().all(|s| s.len == 1) => {
+            cuda.insert(cache, k, v, sequences, heads)?;
+            cuda.attention_step(out, q, cache, sequences, heads)
         }
-        let expected = format!(
-            "{} rows of query heads that are a multiple of {:?}'s, each of an even size of at most {LARGEST_HEAD}",
-            sequences.rows(),
-            k.shape()
-        );
-        Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
+        Some(cache) => {
+            cuda.attention_blocks(out, (q, k, v), sequences, spec, Some(cache), 0)?;
+            cuda.insert(cache, k, v, sequences, heads)
+        }
+        None => cuda.attention_blocks(out, (q, k, v), sequences, spec, None, 0),
     }
+}
 
-    pub(crate) fn group(self) -> usize {
-        self.query / self.kv
+/// The forward runs once more for the rows' log-sum-exp; then one kernel by rows and one by keys.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn backward(
+    cuda: &Cuda,
+    (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
+    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    out: &Tensor,
+    dout: &Tensor,
+    sequences: &Sequences,
+    spec: AttentionSpec,
+) -> Result<()> {
+    const NAME: &str = "attention_backward";
+    let heads = self::heads(NAME, q, k, sequences)?;
+    for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (out, q), (v, k)] {
+        same_length(NAME, a, b)?;
     }
+    let rows = q.dim(0) * heads.query;
+    let lse = cuda.gpu.allocate(rows * 4)?;
+    let inner = cuda.gpu.allocate(rows * 4)?;
+    let again = cuda.tensor(q.shape(), cuda.activations)?;
+    cuda.attention_blocks(&again, (q, k, v), sequences, spec, None, lse.pointer)?;
+    let args = [Arg::Pointer(inner.pointer), cuda.act(NAME, out)?, cuda.act(NAME, dout)?, Arg::Int(rows as i32)];
+    cuda.attention_kernel("attention_inner", heads, Launch::warp_rows(rows), &args)?;
 
-    fn padded(self) -> usize {
-        self.dim.next_multiple_of(16)
+    let batch = cuda.batch(sequences)?;
+    let (words, padded) = (self::words(heads, spec, 0), heads.dim.next_multiple_of(16));
+    let inputs = [cuda.act(NAME, q)?, cuda.act(NAME, k)?, cuda.act(NAME, v)?, cuda.act(NAME, dout)?];
+    let [lse, inner] = [Arg::Pointer(lse.pointer), Arg::Pointer(inner.pointer)];
+    // Sinks that a window does not reach get their gradients from the kernel by rows, one part a block.
+    let sinks = if spec.window.is_some() { spec.sinks } else { 0 };
+    if sinks > MOST_SINKS {
+        let expected = format!("at most {MOST_SINKS} sinks, found {sinks}");
+        return Err(Error::Shape { operation: NAME, found: k.shape().to_vec(), expected });
     }
-
-    /// `AttentionSizes` of the kernels.
-    fn words(self, spec: AttentionSpec, cache_rows: usize) -> [i32; 7] {
-        let window = spec.window.map_or(i32::MAX, |w| w as i32);
-        let scale = (1.0 / (self.dim as f32).sqrt()).to_bits() as i32;
-        let ring = i32::from(spec.window.is_some());
-        let [query, kv, sinks, cache_rows] = [self.query, self.kv, spec.sinks, cache_rows].map(|x| x as i32);
-        [query, kv, window, sinks, cache_rows, ring, scale]
+    let by_rows = batch.blocks(&cuda.gpu, ROWS / heads.group())?;
+    let part = heads.kv * 2 * MOST_SINKS * heads.dim * 4;
+    let parts = if sinks > 0 { Some(cuda.gpu.allocate(by_rows.1 * part)?) } else { None };
+    let parts = Arg::Pointer(parts.as_ref().map_or(0, |p| p.pointer));
+    let run = |name: &'static str, outputs: [Arg<'static>; 2], blocks: &(Block, usize), tiles: &[(usize, usize)]| {
+        let mut args = outputs.to_vec();
+        args.extend(inputs);
+        args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
+        let shared = shared_bytes(cuda.activations, tiles, &[]);
+        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
+        cuda.attention_kernel(name, heads, launch, &args)
+    };
+    let tiles = [(2 * ROWS + 2 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
+    run("attention_backward_rows", [cuda.act(NAME, dq)?, parts], &by_rows, &tiles)?;
+    let (dk, dv) = (cuda.act(NAME, dk)?, cuda.act(NAME, dv)?);
+    let by_keys = batch.blocks(&cuda.gpu, KEYS)?;
+    run("attention_backward_keys", [dk, dv], &by_keys, &[(2 * KEYS + 2 * QUERIES, padded)])?;
+    if sinks == 0 {
+        return Ok(());
     }
-
-    fn variant(self, activations: DType) -> Variant {
-        Variant { activations, sizes: [self.dim, self.group(), 0, 0, 0] }
-    }
+    let args = [dk, dv, parts, Arg::Pointer(by_rows.0.pointer), Arg::Int(by_rows.1 as i32), Arg::Words(&words)];
+    let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
+    cuda.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (1024, 1), shared: 0 }, &args)
 }
 
 impl Cuda {
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn attention(
-        &self,
-        out: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
-        mut cache: Option<&mut KeyValueCache>,
-    ) -> Result<()> {
-        let heads = Heads::of("attention_forward", q, k, sequences)?;
-        same_length("attention_forward", out, q)?;
-        same_length("attention_forward", v, k)?;
-        if let Some(cache) = cache.as_deref_mut() {
-            self.reserve(cache, sequences, heads)?;
-        }
-        match cache {
-            Some(cache) if sequences.list().iter().all(|s| s.len == 1) => {
-                self.insert(cache, k, v, sequences, heads)?;
-                self.attention_step(out, q, cache, sequences, heads)
-            }
-            Some(cache) => {
-                self.attention_blocks(out, (q, k, v), sequences, spec, Some(cache), 0)?;
-                self.insert(cache, k, v, sequences, heads)
-            }
-            None => self.attention_blocks(out, (q, k, v), sequences, spec, None, 0),
-        }
-    }
-
     /// `lse` is where the rows' log-sum-exp goes, 0 for nowhere.
     fn attention_blocks(
         &self,
@@ -110,14 +142,14 @@ impl Cuda {
         lse: u64,
     ) -> Result<()> {
         const NAME: &str = "attention_forward";
-        let heads = Heads::of(NAME, q, k, sequences)?;
+        let heads = self::heads(NAME, q, k, sequences)?;
         let (cached, cache_rows) = match cache {
             Some(cache) => ([self.act(NAME, &cache.keys)?, self.act(NAME, &cache.values)?], cache.keys.dim(2)),
             None => ([Arg::Pointer(0); 2], 0),
         };
         let blocks = self.batch(sequences)?.blocks(&self.gpu, ROWS / heads.group())?;
-        let words = heads.words(spec, cache_rows);
-        let padded = heads.padded();
+        let words = self::words(heads, spec, cache_rows);
+        let padded = heads.dim.next_multiple_of(16);
         let shared = shared_bytes(self.activations, &[(ROWS + 2 * KEYS, padded)], &[]);
         let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
         let args = [
@@ -135,22 +167,18 @@ impl Cuda {
     }
 
     fn attention_kernel(&self, name: &'static str, heads: Heads, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        self.gpu.launch((Source::Attention, name), heads.variant(self.activations), launch, args)
+        self.gpu.launch(
+            (Source::Attention, name),
+            Variant { activations: self.activations, sizes: [heads.dim, heads.group(), 0, 0, 0] },
+            launch,
+            args,
+        )
     }
 
     /// Grows a cache without a window to hold the positions to come.
     fn reserve(&self, cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
-        let have = cache.keys.dim(2);
-        let need = match cache.spec.window {
-            Some(window) => cache.spec.sinks + window,
-            None => sequences.list().iter().map(|s| s.position + s.len).max().unwrap_or(0),
-        };
-        if need <= have {
-            return Ok(());
-        }
-        // An eighth on top keeps the copying linear over a long generation, at little unused memory.
-        let grown_rows = if cache.spec.window.is_some() { need } else { need + (need / 8).max(64) };
-        let slots = cache.keys.dim(0);
+        let Some(grown_rows) = grown_cache_rows(cache, sequences) else { return Ok(()) };
+        let (slots, have) = (cache.keys.dim(0), cache.keys.dim(2));
         for tensor in [&mut cache.keys, &mut cache.values] {
             let grown = self.tensor(&[slots, heads.kv, grown_rows, heads.dim], tensor.dtype())?;
             self.gpu.clear(pointer("cache", &grown)?, grown.bytes())?;
@@ -177,7 +205,7 @@ impl Cuda {
         heads: Heads,
     ) -> Result<()> {
         let batch = self.batch(sequences)?;
-        let words = heads.words(cache.spec, cache.keys.dim(2));
+        let words = self::words(heads, cache.spec, cache.keys.dim(2));
         let args = [
             self.act("cache_insert", &cache.keys)?,
             self.act("cache_insert", &cache.values)?,
@@ -207,7 +235,7 @@ impl Cuda {
         let splits = most.div_ceil(KEYS_PER_SPLIT).min(64);
         let per_split = most.div_ceil(splits);
         let parts = self.gpu.allocate(rows * heads.query * splits * (heads.dim + 2) * 4)?;
-        let words = heads.words(cache.spec, cache.keys.dim(2));
+        let words = self::words(heads, cache.spec, cache.keys.dim(2));
         let batch = self.batch(sequences)?;
         let args = [
             self.act(NAME, out)?,
@@ -228,65 +256,5 @@ impl Cuda {
         let args = [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32)];
         let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
         self.attention_kernel("attention_merge", heads, launch, &args)
-    }
-
-    /// The forward runs once more for the rows' log-sum-exp; then one kernel by rows and one by keys.
-    #[allow(clippy::too_many_arguments)]
-    pub(crate) fn attention_gradients(
-        &self,
-        (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
-        (q, k, v): (&Tensor, &Tensor, &Tensor),
-        out: &Tensor,
-        dout: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
-    ) -> Result<()> {
-        const NAME: &str = "attention_backward";
-        let heads = Heads::of(NAME, q, k, sequences)?;
-        for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (out, q), (v, k)] {
-            same_length(NAME, a, b)?;
-        }
-        let rows = q.dim(0) * heads.query;
-        let lse = self.gpu.allocate(rows * 4)?;
-        let inner = self.gpu.allocate(rows * 4)?;
-        let again = self.tensor(q.shape(), self.activations)?;
-        self.attention_blocks(&again, (q, k, v), sequences, spec, None, lse.pointer)?;
-        let args = [Arg::Pointer(inner.pointer), self.act(NAME, out)?, self.act(NAME, dout)?, Arg::Int(rows as i32)];
-        self.attention_kernel("attention_inner", heads, Launch::warp_rows(rows), &args)?;
-
-        let batch = self.batch(sequences)?;
-        let (words, padded) = (heads.words(spec, 0), heads.padded());
-        let inputs = [self.act(NAME, q)?, self.act(NAME, k)?, self.act(NAME, v)?, self.act(NAME, dout)?];
-        let [lse, inner] = [Arg::Pointer(lse.pointer), Arg::Pointer(inner.pointer)];
-        // Sinks that a window does not reach get their gradients from the kernel by rows, one part a block.
-        let sinks = if spec.window.is_some() { spec.sinks } else { 0 };
-        if sinks > MOST_SINKS {
-            let expected = format!("at most {MOST_SINKS} sinks, found {sinks}");
-            return Err(Error::Shape { operation: NAME, found: k.shape().to_vec(), expected });
-        }
-        let by_rows = batch.blocks(&self.gpu, ROWS / heads.group())?;
-        let part = heads.kv * 2 * MOST_SINKS * heads.dim * 4;
-        let parts = if sinks > 0 { Some(self.gpu.allocate(by_rows.1 * part)?) } else { None };
-        let parts = Arg::Pointer(parts.as_ref().map_or(0, |p| p.pointer));
-        let run =
-            |name: &'static str, outputs: [Arg<'static>; 2], blocks: &(Block, usize), tiles: &[(usize, usize)]| {
-                let mut args = outputs.to_vec();
-                args.extend(inputs);
-                args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
-                let shared = shared_bytes(self.activations, tiles, &[]);
-                let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
-                self.attention_kernel(name, heads, launch, &args)
-            };
-        let tiles = [(2 * ROWS + 2 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
-        run("attention_backward_rows", [self.act(NAME, dq)?, parts], &by_rows, &tiles)?;
-        let (dk, dv) = (self.act(NAME, dk)?, self.act(NAME, dv)?);
-        let by_keys = batch.blocks(&self.gpu, KEYS)?;
-        run("attention_backward_keys", [dk, dv], &by_keys, &[(2 * KEYS + 2 * QUERIES, padded)])?;
-        if sinks == 0 {
-            return Ok(());
-        }
-        let args = [dk, dv, parts, Arg::Pointer(by_rows.0.pointer), Arg::Int(by_rows.1 as i32), Arg::Words(&words)];
-        let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
-        self.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (128, 1), shared: 0 }, &args)
     }
 }

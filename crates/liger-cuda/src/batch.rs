@@ -6,7 +6,7 @@ use liger_tensor::{Result, Sequences};
 
 use crate::driver::{Block, Gpu};
 
-/// Tokens of a chunk of the recurrence: `CHUNK` in kernels/recurrence.cu.
+/// Tokens of a chunk of the recurrence: `CHUNK` in kernels/recurrence.cuh.
 pub(crate) const CHUNK: usize = 64;
 
 /// An array of `BlockInfo` and its length.

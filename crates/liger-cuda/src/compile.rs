@@ -32,8 +32,12 @@ pub enum Source {
     Features,
     /// Softmax attention.
     Attention,
-    /// The gated recurrence.
-    Recurrence,
+    /// The gated recurrence in chunks.
+    RecurrenceChunks,
+    /// Its gradients of k, v and the gates.
+    RecurrenceGradients,
+    /// One token of it.
+    RecurrenceStep,
     /// Losses and the optimizer.
     Loss,
     /// Matrix times few rows.
@@ -42,18 +46,29 @@ pub enum Source {
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
 const TILE: &str = include_str!("../kernels/tile.cuh");
+const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
     /// Every file.
-    pub const ALL: [Self; 6] =
-        [Self::Elementwise, Self::Features, Self::Attention, Self::Recurrence, Self::Loss, Self::Gemv];
+    pub const ALL: [Self; 8] = [
+        Self::Elementwise,
+        Self::Features,
+        Self::Attention,
+        Self::RecurrenceChunks,
+        Self::RecurrenceGradients,
+        Self::RecurrenceStep,
+        Self::Loss,
+        Self::Gemv,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Elementwise => "elementwise.cu",
             Self::Features => "features.cu",
             Self::Attention => "attention.cu",
-            Self::Recurrence => "recurrence.cu",
+            Self::RecurrenceChunks => "recurrence_chunks.cu",
+            Self::RecurrenceGradients => "recurrence_gradients.cu",
+            Self::RecurrenceStep => "recurrence_step.cu",
             Self::Loss => "loss.cu",
             Self::Gemv => "gemv.cu",
         }
@@ -64,7 +79,9 @@ impl Source {
             Self::Elementwise => include_str!("../kernels/elementwise.cu"),
             Self::Features => include_str!("../kernels/features.cu"),
             Self::Attention => include_str!("../kernels/attention.cu"),
-            Self::Recurrence => include_str!("../kernels/recurrence.cu"),
+            Self::RecurrenceChunks => include_str!("../kernels/recurrence_chunks.cu"),
+            Self::RecurrenceGradients => include_str!("../kernels/recurrence_gradients.cu"),
+            Self::RecurrenceStep => include_str!("../kernels/recurrence_step.cu"),
             Self::Loss => include_str!("../kernels/loss.cu"),
             Self::Gemv => include_str!("../kernels/gemv.cu"),
         }
@@ -74,8 +91,19 @@ impl Source {
     pub fn sizes(self) -> &'static [&'static str] {
         match self {
             Self::Attention => &["DIM", "GROUP"],
-            Self::Recurrence => &["DK", "DV", "GROUP", "SLICE", "AXIS"],
+            Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
+                &["DK", "DV", "GROUP", "SLICE", "AXIS"]
+            }
             _ => &[],
+        }
+    }
+
+    /// What stands before the file's own text.
+    fn headers(self) -> &'static [&'static str] {
+        match self {
+            Self::Attention => &[COMMON, TILE],
+            Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => &[COMMON, TILE, RECURRENCE],
+            _ => &[COMMON],
         }
     }
 
@@ -88,11 +116,7 @@ impl Source {
         for (name, size) in self.sizes().iter().zip(variant.sizes) {
             program.push_str(&format!("#define {name} {size}\n"));
         }
-        program.push_str(COMMON);
-        if !self.sizes().is_empty() {
-            program.push_str(TILE);
-        }
-        program + "#line 1 \"" + self.name() + "\"\n" + self.text()
+        program + &self.headers().concat() + "#line 1 \"" + self.name() + "\"\n" + self.text()
     }
 }
 

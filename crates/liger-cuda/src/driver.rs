@@ -24,6 +24,14 @@ pub(crate) enum Arg<'a> {
     Words(&'a [i32]),
 }
 
+pub(crate) fn long(n: usize) -> Arg<'static> {
+    Arg::Long(n as i64)
+}
+
+pub(crate) fn int(n: usize) -> Arg<'static> {
+    Arg::Int(n as i32)
+}
+
 /// Grid, block and bytes of dynamic shared memory.
 pub(crate) struct Launch {
     pub(crate) grid: (u32, u32, u32),

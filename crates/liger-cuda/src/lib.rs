@@ -10,15 +10,18 @@ mod attention;
 mod batch;
 mod compile;
 mod driver;
+mod elementwise;
+mod features;
 mod gemm;
 mod libraries;
+mod loss;
 mod recurrence;
-mod rowwise;
 
 use std::any::Any;
 use std::sync::Arc;
 
 use half::bf16;
+use liger_tensor::checks;
 use liger_tensor::{
     AdamwStep, AttentionSpec, DType, DeviceMemory, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Recurrence,
     RecurrenceGradients, Result, Sequences, Storage, Tensor,
@@ -26,7 +29,7 @@ use liger_tensor::{
 
 use batch::{Batch, Batches};
 pub use compile::{Compiled, Source, Variant, compile};
-use driver::{Arg, Block, Gpu, Kernel, Launch};
+use driver::{Arg, Block, Gpu, Kernel, Launch, long};
 
 /// A GPU as a device.
 pub struct Cuda {
@@ -72,6 +75,40 @@ impl Cuda {
     fn batch(&self, sequences: &Sequences) -> Result<Arc<Batch>> {
         self.batches.get(&self.gpu, sequences)
     }
+
+    /// An activation as an argument.
+    fn act(&self, operation: &'static str, x: &Tensor) -> Result<Arg<'static>> {
+        typed(operation, x, self.activations).map(Arg::Pointer)
+    }
+
+    fn f32(&self, operation: &'static str, x: &Tensor) -> Result<Arg<'static>> {
+        typed(operation, x, DType::F32).map(Arg::Pointer)
+    }
+
+    /// `y` becomes `x` in `dtype`, from the other type.
+    fn convert(&self, y: u64, x: u64, dtype: DType, n: usize) -> Result<()> {
+        let name = if dtype == DType::Bf16 { "narrow" } else { "widen" };
+        self.launch((Source::Elementwise, name), Launch::over(n, 4), &[Arg::Pointer(y), Arg::Pointer(x), long(n)])
+    }
+
+    /// Copies elements between tensors of one type; `at` and `from` are the first ones.
+    fn copy(
+        &self,
+        operation: &'static str,
+        (destination, at): (&Tensor, usize),
+        (source, from): (&Tensor, usize),
+        count: usize,
+    ) -> Result<()> {
+        let size = source.dtype().size();
+        let to = typed(operation, destination, source.dtype())? + (at * size) as u64;
+        self.gpu.copy(to, pointer(operation, source)? + (from * size) as u64, count * size)
+    }
+}
+
+/// Length of a row and number of rows.
+fn rows_of(x: &Tensor) -> (usize, usize) {
+    let width = x.shape().last().copied().unwrap_or(1).max(1);
+    (width, x.len() / width)
 }
 
 /// Whether the system shows an NVIDIA card, usable or not.
@@ -150,17 +187,31 @@ impl Ops for Cuda {
     }
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
-        self.to_host(tensor)
+        match tensor.storage() {
+            Storage::F32(data) => Ok(data.clone()),
+            Storage::Bf16(data) => Ok(data.iter().map(|x| x.to_f32()).collect()),
+            Storage::Device(_) if tensor.is_empty() => Ok(Vec::new()),
+            Storage::Device(_) => {
+                let from = pointer("download", tensor)?;
+                match tensor.dtype() {
+                    DType::F32 => self.gpu.read(from, tensor.len()),
+                    DType::Bf16 => {
+                        let raw: Vec<bf16> = self.gpu.read(from, tensor.len())?;
+                        Ok(raw.into_iter().map(bf16::to_f32).collect())
+                    }
+                }
+            }
+        }
     }
 
     fn copy_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
-        let (at, bytes) = Self::rows("copy_rows", source, destination, start)?;
-        self.gpu.copy(pointer("copy_rows", destination)?, pointer("copy_rows", source)? + at as u64, bytes)
+        let (from, count) = checks::row_range("copy_rows", source, destination, start)?;
+        self.copy("copy_rows", (destination, 0), (source, from), count)
     }
 
     fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
-        let (at, bytes) = Self::rows("write_rows", destination, source, start)?;
-        self.gpu.copy(pointer("write_rows", destination)? + at as u64, pointer("write_rows", source)?, bytes)
+        let (at, count) = checks::row_range("write_rows", destination, source, start)?;
+        self.copy("write_rows", (destination, at), (source, 0), count)
     }
 
     fn trim(&self) {
@@ -198,23 +249,23 @@ impl Ops for Cuda {
     }
 
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {
-        self.add_bias_(x, bias)
+        elementwise::add_bias(self, x, bias)
     }
 
     fn axpby(&self, y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()> {
-        self.axpby_(y, a, x, b)
+        elementwise::axpby(self, y, a, x, b)
     }
 
     fn rms_norm_forward(&self, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
-        self.norm_forward(out, x, weight, epsilon)
+        elementwise::rms_norm_forward(self, out, x, weight, epsilon)
     }
 
     fn rms_norm_backward(&self, dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()> {
-        self.norm_backward(dx, x, weight, epsilon, dy)
+        elementwise::rms_norm_backward(self, dx, x, weight, epsilon, dy)
     }
 
     fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()> {
-        self.combine_(out, a, x, b, y)
+        elementwise::combine(self, out, a, x, b, y)
     }
 
     fn rope(
@@ -225,23 +276,23 @@ impl Ops for Cuda {
         inverse: bool,
         add: Option<&Tensor>,
     ) -> Result<()> {
-        self.rope_(out, x, angles, inverse, add)
+        elementwise::rope(self, out, x, angles, inverse, add)
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-        self.swiglu(out, gate, up)
+        elementwise::swiglu_forward(self, out, gate, up)
     }
 
     fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
-        self.swiglu_gradients(gate, up, dout)
+        elementwise::swiglu_backward(self, gate, up, dout)
     }
 
     fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-        self.embed(out, table, ids)
+        elementwise::embedding(self, out, table, ids)
     }
 
     fn dropout(&self, x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
-        self.drop_out(x, p, seed)
+        elementwise::dropout(self, x, p, seed)
     }
 
     fn attention_forward(
@@ -254,7 +305,7 @@ impl Ops for Cuda {
         spec: AttentionSpec,
         cache: Option<&mut KeyValueCache>,
     ) -> Result<()> {
-        self.attention(out, q, k, v, sequences, spec, cache)
+        attention::forward(self, out, q, k, v, sequences, spec, cache)
     }
 
     fn attention_backward(
@@ -270,7 +321,7 @@ impl Ops for Cuda {
         sequences: &Sequences,
         spec: AttentionSpec,
     ) -> Result<()> {
-        self.attention_gradients((dq, dk, dv), (q, k, v), out, dout, sequences, spec)
+        attention::backward(self, (dq, dk, dv), (q, k, v), out, dout, sequences, spec)
     }
 
     fn features_forward(
@@ -282,7 +333,7 @@ impl Ops for Cuda {
         k: &Tensor,
         spec: FeatureSpec,
     ) -> Result<()> {
-        self.features(query, key, log_gate, (q, k), spec)
+        features::forward(self, query, key, log_gate, (q, k), spec)
     }
 
     fn features_backward(
@@ -294,23 +345,23 @@ impl Ops for Cuda {
         k: &Tensor,
         spec: FeatureSpec,
     ) -> Result<()> {
-        self.feature_gradients(dquery, dkey, dlog_gate, (q, k), spec)
+        features::backward(self, dquery, dkey, dlog_gate, (q, k), spec)
     }
 
     fn slot_gates_forward(&self, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {
-        self.slot_gates(log_gate, write, k)
+        features::slot_gates_forward(self, log_gate, write, k)
     }
 
     fn slot_gates_backward(&self, dk: &mut Tensor, dlog_gate: &Tensor, dwrite: &Tensor, k: &Tensor) -> Result<()> {
-        self.slot_gate_gradients(dk, dlog_gate, dwrite, k)
+        features::slot_gates_backward(self, dk, dlog_gate, dwrite, k)
     }
 
     fn softmax_forward(&self, x: &mut Tensor) -> Result<()> {
-        self.softmax(x)
+        elementwise::softmax_forward(self, x)
     }
 
     fn softmax_backward(&self, dy: &mut Tensor, y: &Tensor) -> Result<()> {
-        self.softmax_gradient(dy, y)
+        elementwise::softmax_backward(self, dy, y)
     }
 
     fn gated_recurrence_forward(
@@ -319,7 +370,7 @@ impl Ops for Cuda {
         inputs: Recurrence<'_>,
         state: Option<&mut Tensor>,
     ) -> Result<()> {
-        self.recurrence(out, inputs, state)
+        recurrence::forward(self, out, inputs, state)
     }
 
     fn gated_recurrence_backward(
@@ -329,15 +380,15 @@ impl Ops for Cuda {
         initial: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
-        self.recurrence_gradients(gradients, inputs, initial, dout)
+        recurrence::backward(self, gradients, inputs, initial, dout)
     }
 
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
-        self.largest(logits)
+        loss::argmax(self, logits)
     }
 
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
-        self.cross_entropies(logits, labels, gradient_scale)
+        loss::cross_entropy(self, logits, labels, gradient_scale)
     }
 
     fn kl_divergence(
@@ -347,11 +398,11 @@ impl Ops for Cuda {
         count: &[bool],
         gradient_scale: Option<f32>,
     ) -> Result<Vec<f32>> {
-        self.kl(student, teacher, count, gradient_scale)
+        loss::kl_divergence(self, student, teacher, count, gradient_scale)
     }
 
     fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64> {
-        self.squares(tensors)
+        loss::sum_of_squares(self, tensors)
     }
 
     fn adamw(
@@ -362,6 +413,6 @@ impl Ops for Cuda {
         second_moment: &mut Tensor,
         step: AdamwStep,
     ) -> Result<()> {
-        self.adamw_(parameter, gradient, first_moment, second_moment, step)
+        loss::adamw(self, parameter, gradient, first_moment, second_moment, step)
     }
 }

@@ -1,12 +1,11 @@
-//! The gated recurrence: sizes and order of the kernels of `kernels/recurrence.cu`, which explains the method.
+//! The gated recurrence: sizes and order of the kernels of `kernels/recurrence.cuh`, which explains the method.
 
+use liger_tensor::checks::{RecurrenceSizes, same_length};
 use liger_tensor::{DType, Error, GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
 
-use crate::attention::Heads;
 use crate::batch::Batch;
 use crate::compile::{Source, Variant};
-use crate::driver::{Arg, Block, Launch};
-use crate::rowwise::same_length;
+use crate::driver::{Arg, Block, Kernel, Launch};
 use crate::{Cuda, shared_bytes};
 
 /// Tokens of a step: `STEP` of the kernels.
@@ -21,31 +20,24 @@ const STEP_COLUMNS: usize = 32;
 /// Sizes and inputs of one call.
 struct Problem<'a> {
     inputs: Recurrence<'a>,
-    heads: Heads,
-    value_dim: usize,
+    sizes: RecurrenceSizes,
     words: [i32; 2],
 }
 
 impl<'a> Problem<'a> {
     fn new(operation: &'static str, inputs: Recurrence<'a>) -> Result<Self> {
-        let heads = Heads::of(operation, inputs.q, inputs.k, inputs.sequences)?;
-        let value_dim = inputs.v.dim(2);
-        let gate_dim = if inputs.axis == GateAxis::Key { heads.dim } else { value_dim };
-        for (tensor, d) in [(inputs.v, value_dim), (inputs.log_gate, gate_dim)] {
-            if tensor.shape() != [inputs.sequences.rows(), heads.kv, d] || d.max(heads.dim) > LARGEST_HEAD {
-                let expected = format!("[{}, {}, {d}], of at most {LARGEST_HEAD}", inputs.sequences.rows(), heads.kv);
-                return Err(Error::Shape { operation, found: tensor.shape().to_vec(), expected });
-            }
-        }
-        if !value_dim.is_multiple_of(2) {
-            let expected = "an even number of values".to_owned();
+        let sizes = RecurrenceSizes::of(operation, &inputs)?;
+        crate::attention::heads(operation, inputs.q, inputs.k, inputs.sequences)?;
+        if sizes.heads.dim.max(sizes.value_dim) > LARGEST_HEAD || !sizes.value_dim.is_multiple_of(2) {
+            let expected = format!("even head sizes of at most {LARGEST_HEAD}");
             return Err(Error::Shape { operation, found: inputs.v.shape().to_vec(), expected });
         }
-        Ok(Self { inputs, heads, value_dim, words: [heads.query, heads.kv].map(|x| x as i32) })
+        let words = [sizes.heads.query, sizes.heads.kv].map(|x| x as i32);
+        Ok(Self { inputs, sizes, words })
     }
 
     fn padded(&self) -> [usize; 3] {
-        let (pk, pv) = (self.heads.dim.next_multiple_of(16), self.value_dim.next_multiple_of(16));
+        let (pk, pv) = (self.sizes.heads.dim.next_multiple_of(16), self.sizes.value_dim.next_multiple_of(16));
         [pk, pv, if self.inputs.axis == GateAxis::Key { pk } else { pv }]
     }
 
@@ -58,27 +50,9 @@ impl<'a> Problem<'a> {
 
     /// As many heads at once as shared memory has room for.
     fn slice(&self, cuda: &Cuda) -> usize {
-        let most = self.heads.group().min(LARGEST_SLICE);
+        let most = self.sizes.heads.group().min(LARGEST_SLICE);
         let fits = |&slice: &usize| self.columns_bytes(cuda.activations, slice) <= cuda.gpu.largest_shared;
         (1..=most).rev().find(fits).unwrap_or(1)
-    }
-
-    fn gate_dim(&self) -> usize {
-        self.inputs.log_gate.dim(2)
-    }
-
-    fn state_len(&self) -> usize {
-        self.heads.dim * self.value_dim
-    }
-
-    fn check_state(&self, operation: &'static str, state: Option<&Tensor>) -> Result<()> {
-        let Some(state) = state else { return Ok(()) };
-        let slots = self.inputs.sequences.list().iter().map(|s| s.slot + 1).max().unwrap_or(0);
-        if state.dim(0) >= slots && state.len() == state.dim(0) * self.heads.kv * self.state_len() {
-            return Ok(());
-        }
-        let expected = format!("[at least {slots}, {}, {}, {}]", self.heads.kv, self.heads.dim, self.value_dim);
-        Err(Error::Shape { operation, found: state.shape().to_vec(), expected })
     }
 }
 
@@ -96,38 +70,107 @@ struct Border {
     write: bool,
 }
 
-impl Cuda {
-    pub(crate) fn recurrence(
-        &self,
-        out: &mut Tensor,
-        inputs: Recurrence<'_>,
-        state: Option<&mut Tensor>,
-    ) -> Result<()> {
-        const NAME: &str = "gated_recurrence_forward";
-        let p = Problem::new(NAME, inputs)?;
-        if out.len() != inputs.sequences.rows() * p.heads.query * p.value_dim {
-            let expected = format!("[{}, {}, {}]", inputs.sequences.rows(), p.heads.query, p.value_dim);
-            return Err(Error::Shape { operation: NAME, found: out.shape().to_vec(), expected });
-        }
-        p.check_state(NAME, state.as_deref())?;
-        let batch = self.batch(inputs.sequences)?;
-        if let Some(state) = &state
-            && inputs.sequences.list().iter().all(|s| s.len == 1)
-        {
-            return self.recurrence_step(out, &p, state, &batch);
-        }
-        let border = match &state {
-            Some(state) => {
-                let Arg::Pointer(states) = self.f32(NAME, state)? else { return Ok(()) };
-                Some(Border { states, index: batch.slots.pointer, write: true })
-            }
-            None => None,
-        };
-        let states = self.chunk_states(&p, &batch, None)?;
-        self.scan(&p, &batch, &states, border, false)?;
-        self.chunk_rows(out, inputs.q, &p, &batch, &states, false)
+pub(crate) fn forward(cuda: &Cuda, out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&mut Tensor>) -> Result<()> {
+    const NAME: &str = "gated_recurrence_forward";
+    let p = Problem::new(NAME, inputs)?;
+    p.sizes.check_out(NAME, out, inputs.sequences)?;
+    p.sizes.check_state(NAME, state.as_deref(), inputs.sequences)?;
+    let batch = cuda.batch(inputs.sequences)?;
+    if let Some(state) = &state
+        && inputs.sequences.list().iter().all(|s| s.len == 1)
+    {
+        return cuda.recurrence_step(out, &p, state, &batch);
     }
+    let border = match &state {
+        Some(state) => {
+            let Arg::Pointer(states) = cuda.f32(NAME, state)? else { return Ok(()) };
+            Some(Border { states, index: batch.slots.pointer, write: true })
+        }
+        None => None,
+    };
+    let states = cuda.chunk_states(&p, &batch, None)?;
+    cuda.scan(&p, &batch, &states, border, false)?;
+    cuda.chunk_rows(out, inputs.q, &p, &batch, &states, false)
+}
 
+pub(crate) fn backward(
+    cuda: &Cuda,
+    gradients: RecurrenceGradients<'_>,
+    inputs: Recurrence<'_>,
+    initial: Option<&Tensor>,
+    dout: &Tensor,
+) -> Result<()> {
+    const NAME: &str = "gated_recurrence_backward";
+    let p = Problem::new(NAME, inputs)?;
+    p.sizes.check_state(NAME, initial, inputs.sequences)?;
+    let pairs = [(&*gradients.q, inputs.q), (&*gradients.k, inputs.k), (&*gradients.v, inputs.v)];
+    for (a, b) in pairs.into_iter().chain([(&*gradients.log_gate, inputs.log_gate)]) {
+        same_length(NAME, a, b)?;
+    }
+    let batch = cuda.batch(inputs.sequences)?;
+    let sequences = inputs.sequences.list();
+
+    // The states before every chunk; those after the last too, if the final ones have a gradient.
+    let states = cuda.chunk_states(&p, &batch, None)?;
+    let bytes = p.sizes.heads.kv * p.sizes.state_len() * 4;
+    let mut final_terms = None;
+    match &gradients.state {
+        Some(dstate) => {
+            let Arg::Pointer(dfinal) = cuda.f32(NAME, dstate)? else { return Ok(()) };
+            let finals = cuda.gpu.allocate(sequences.len() * bytes)?;
+            cuda.gpu.clear(finals.pointer, sequences.len() * bytes)?;
+            if let Some(initial) = initial {
+                let Arg::Pointer(from) = cuda.f32(NAME, initial)? else { return Ok(()) };
+                for (i, s) in sequences.iter().enumerate() {
+                    cuda.gpu.copy(finals.pointer + (i * bytes) as u64, from + (s.slot * bytes) as u64, bytes)?;
+                }
+            }
+            let border = Border { states: finals.pointer, index: batch.order.pointer, write: true };
+            cuda.scan(&p, &batch, &states, Some(border), false)?;
+            let terms = cuda.gpu.allocate(sequences.len() * p.sizes.heads.kv * p.sizes.gate_dim * 4)?;
+            let args =
+                [Arg::Pointer(terms.pointer), Arg::Pointer(finals.pointer), Arg::Pointer(dfinal), Arg::Words(&p.words)];
+            let grid = (p.sizes.heads.kv as u32, sequences.len() as u32, 1);
+            let launch = Launch { grid, block: (128, 1), shared: 0 };
+            cuda.recurrence_kernel((Source::RecurrenceGradients, "final_gate_terms"), &p, launch, &args)?;
+            final_terms = Some(terms);
+        }
+        None => {
+            let border = match initial {
+                Some(initial) => {
+                    let Arg::Pointer(states) = cuda.f32(NAME, initial)? else { return Ok(()) };
+                    Some(Border { states, index: batch.slots.pointer, write: false })
+                }
+                None => None,
+            };
+            cuda.scan(&p, &batch, &states, border, false)?;
+        }
+    }
+    cuda.chunk_rows(gradients.q, dout, &p, &batch, &states, true)?;
+    // On the value axis the gates' gradient needs the output.
+    let out = match inputs.axis {
+        GateAxis::Key => None,
+        GateAxis::Value => {
+            let out = cuda.tensor(&[inputs.q.dim(0), p.sizes.heads.query, p.sizes.value_dim], cuda.activations)?;
+            cuda.chunk_rows(&out, inputs.q, &p, &batch, &states, false)?;
+            Some(out)
+        }
+    };
+    drop(states);
+
+    let dstates = cuda.chunk_states(&p, &batch, Some(dout))?;
+    let border = match &gradients.state {
+        Some(dstate) => {
+            let Arg::Pointer(states) = cuda.f32(NAME, dstate)? else { return Ok(()) };
+            Some(Border { states, index: batch.order.pointer, write: true })
+        }
+        None => None,
+    };
+    cuda.scan(&p, &batch, &dstates, border, true)?;
+    cuda.chunk_columns(&gradients, &p, &batch, &dstates, (dout, out.as_ref()), final_terms.as_ref())
+}
+
+impl Cuda {
     fn recurrence_step(&self, out: &Tensor, p: &Problem<'_>, state: &Tensor, batch: &Batch) -> Result<()> {
         const NAME: &str = "recurrence_step";
         let Recurrence { q, k, v, log_gate, sequences, .. } = p.inputs;
@@ -141,17 +184,18 @@ impl Cuda {
             Arg::Pointer(batch.slots.pointer),
             Arg::Words(&p.words),
         ];
-        let columns = p.value_dim.div_ceil(STEP_COLUMNS) as u32;
-        let launch = Launch { grid: (columns, p.heads.kv as u32, sequences.rows() as u32), block: (256, 1), shared: 0 };
-        self.recurrence_kernel(NAME, p, launch, &args)
+        let columns = p.sizes.value_dim.div_ceil(STEP_COLUMNS) as u32;
+        let launch =
+            Launch { grid: (columns, p.sizes.heads.kv as u32, sequences.rows() as u32), block: (256, 1), shared: 0 };
+        self.recurrence_kernel((Source::RecurrenceStep, NAME), p, launch, &args)
     }
 
     /// What each chunk adds to the state, or with `dout` to the state's gradient.
     fn chunk_states(&self, p: &Problem<'_>, batch: &Batch, dout: Option<&Tensor>) -> Result<States> {
         const NAME: &str = "chunk_states";
-        let items = batch.chunk_count * p.heads.kv;
-        let states = self.gpu.allocate(items * p.state_len() * 4)?;
-        let totals = self.gpu.allocate(items * p.gate_dim() * 4)?;
+        let items = batch.chunk_count * p.sizes.heads.kv;
+        let states = self.gpu.allocate(items * p.sizes.state_len() * 4)?;
+        let totals = self.gpu.allocate(items * p.sizes.gate_dim * 4)?;
         let (q, dout) = match dout {
             Some(dout) => (self.act(NAME, p.inputs.q)?, self.act(NAME, dout)?),
             None => (Arg::Pointer(0), Arg::Pointer(0)),
@@ -169,19 +213,19 @@ impl Cuda {
         ];
         let ([pk, pv, pg], rows) = (p.padded(), STEP * p.slice(self));
         let shared = shared_bytes(self.activations, &[(rows, pk), (rows, pv)], &[(pk, pv), (3 * STEP, pg)]);
-        self.recurrence_kernel(NAME, p, self.per_chunk(p, batch, shared), &args)?;
+        self.recurrence_kernel((Source::RecurrenceChunks, NAME), p, self.per_chunk(p, batch, shared), &args)?;
         Ok(States { states, totals })
     }
 
-    fn recurrence_kernel(&self, name: &'static str, p: &Problem<'_>, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+    fn recurrence_kernel(&self, kernel: Kernel, p: &Problem<'_>, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
         let axis = usize::from(p.inputs.axis == GateAxis::Value);
-        let sizes = [p.heads.dim, p.value_dim, p.heads.group(), p.slice(self), axis];
+        let sizes = [p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group(), p.slice(self), axis];
         let variant = Variant { activations: self.activations, sizes };
-        self.gpu.launch((Source::Recurrence, name), variant, launch, args)
+        self.gpu.launch(kernel, variant, launch, args)
     }
 
     fn per_chunk(&self, p: &Problem<'_>, batch: &Batch, shared: usize) -> Launch {
-        Launch { grid: (batch.chunk_count as u32, p.heads.kv as u32, 1), block: (256, 1), shared }
+        Launch { grid: (batch.chunk_count as u32, p.sizes.heads.kv as u32, 1), block: (256, 1), shared }
     }
 
     fn scan(
@@ -204,8 +248,13 @@ impl Cuda {
             Arg::Words(&p.words),
         ];
         let sequences = p.inputs.sequences.list().len() as u32;
-        let grid = (p.state_len().div_ceil(256) as u32, p.heads.kv as u32, sequences);
-        self.recurrence_kernel("scan_states", p, Launch { grid, block: (256, 1), shared: 0 }, &args)
+        let grid = (p.sizes.state_len().div_ceil(256) as u32, p.sizes.heads.kv as u32, sequences);
+        self.recurrence_kernel(
+            (Source::RecurrenceChunks, "scan_states"),
+            p,
+            Launch { grid, block: (256, 1), shared: 0 },
+            &args,
+        )
     }
 
     /// Outputs from `x = q`, or with `gradient` dq from `x = dout`.
@@ -233,88 +282,7 @@ impl Cuda {
         let px = if gradient { pv } else { pk };
         let tiles = [(STEP, pk), (STEP, pv), (STEP, pg), (rows, px), (rows, STEP), (pk, pv)];
         let shared = shared_bytes(self.activations, &tiles, &[(pk, pv), (3 * STEP, pg)]);
-        self.recurrence_kernel(name, p, self.per_chunk(p, batch, shared), &args)
-    }
-
-    pub(crate) fn recurrence_gradients(
-        &self,
-        gradients: RecurrenceGradients<'_>,
-        inputs: Recurrence<'_>,
-        initial: Option<&Tensor>,
-        dout: &Tensor,
-    ) -> Result<()> {
-        const NAME: &str = "gated_recurrence_backward";
-        let p = Problem::new(NAME, inputs)?;
-        p.check_state(NAME, initial)?;
-        let pairs = [(&*gradients.q, inputs.q), (&*gradients.k, inputs.k), (&*gradients.v, inputs.v)];
-        for (a, b) in pairs.into_iter().chain([(&*gradients.log_gate, inputs.log_gate)]) {
-            same_length(NAME, a, b)?;
-        }
-        let batch = self.batch(inputs.sequences)?;
-        let sequences = inputs.sequences.list();
-
-        // The states before every chunk; those after the last too, if the final ones have a gradient.
-        let states = self.chunk_states(&p, &batch, None)?;
-        let bytes = p.heads.kv * p.state_len() * 4;
-        let mut final_terms = None;
-        match &gradients.state {
-            Some(dstate) => {
-                let Arg::Pointer(dfinal) = self.f32(NAME, dstate)? else { return Ok(()) };
-                let finals = self.gpu.allocate(sequences.len() * bytes)?;
-                self.gpu.clear(finals.pointer, sequences.len() * bytes)?;
-                if let Some(initial) = initial {
-                    let Arg::Pointer(from) = self.f32(NAME, initial)? else { return Ok(()) };
-                    for (i, s) in sequences.iter().enumerate() {
-                        self.gpu.copy(finals.pointer + (i * bytes) as u64, from + (s.slot * bytes) as u64, bytes)?;
-                    }
-                }
-                let border = Border { states: finals.pointer, index: batch.order.pointer, write: true };
-                self.scan(&p, &batch, &states, Some(border), false)?;
-                let terms = self.gpu.allocate(sequences.len() * p.heads.kv * p.gate_dim() * 4)?;
-                let args = [
-                    Arg::Pointer(terms.pointer),
-                    Arg::Pointer(finals.pointer),
-                    Arg::Pointer(dfinal),
-                    Arg::Words(&p.words),
-                ];
-                let grid = (p.heads.kv as u32, sequences.len() as u32, 1);
-                let launch = Launch { grid, block: (128, 1), shared: 0 };
-                self.recurrence_kernel("final_gate_terms", &p, launch, &args)?;
-                final_terms = Some(terms);
-            }
-            None => {
-                let border = match initial {
-                    Some(initial) => {
-                        let Arg::Pointer(states) = self.f32(NAME, initial)? else { return Ok(()) };
-                        Some(Border { states, index: batch.slots.pointer, write: false })
-                    }
-                    None => None,
-                };
-                self.scan(&p, &batch, &states, border, false)?;
-            }
-        }
-        self.chunk_rows(gradients.q, dout, &p, &batch, &states, true)?;
-        // On the value axis the gates' gradient needs the output.
-        let out = match inputs.axis {
-            GateAxis::Key => None,
-            GateAxis::Value => {
-                let out = self.tensor(&[inputs.q.dim(0), p.heads.query, p.value_dim], self.activations)?;
-                self.chunk_rows(&out, inputs.q, &p, &batch, &states, false)?;
-                Some(out)
-            }
-        };
-        drop(states);
-
-        let dstates = self.chunk_states(&p, &batch, Some(dout))?;
-        let border = match &gradients.state {
-            Some(dstate) => {
-                let Arg::Pointer(states) = self.f32(NAME, dstate)? else { return Ok(()) };
-                Some(Border { states, index: batch.order.pointer, write: true })
-            }
-            None => None,
-        };
-        self.scan(&p, &batch, &dstates, border, true)?;
-        self.chunk_columns(&gradients, &p, &batch, &dstates, (dout, out.as_ref()), final_terms.as_ref())
+        self.recurrence_kernel((Source::RecurrenceChunks, name), p, self.per_chunk(p, batch, shared), &args)
     }
 
     fn chunk_columns(
@@ -327,7 +295,7 @@ impl Cuda {
         final_terms: Option<&Block>,
     ) -> Result<()> {
         const NAME: &str = "chunk_columns";
-        let sums = self.gpu.allocate(batch.chunk_count * p.heads.kv * p.gate_dim() * 4)?;
+        let sums = self.gpu.allocate(batch.chunk_count * p.sizes.heads.kv * p.sizes.gate_dim * 4)?;
         let gate = typed_gate(gradients.log_gate)?;
         let Recurrence { q, k, v, log_gate, .. } = p.inputs;
         let args = [
@@ -346,7 +314,7 @@ impl Cuda {
             Arg::Words(&p.words),
         ];
         let shared = p.columns_bytes(self.activations, p.slice(self));
-        self.recurrence_kernel(NAME, p, self.per_chunk(p, batch, shared), &args)?;
+        self.recurrence_kernel((Source::RecurrenceGradients, NAME), p, self.per_chunk(p, batch, shared), &args)?;
         let args = [
             self.f32(NAME, gate)?,
             self.f32(NAME, log_gate)?,
@@ -356,7 +324,7 @@ impl Cuda {
             Arg::Words(&p.words),
         ];
         let launch = Launch { block: (128, 1), ..self.per_chunk(p, batch, 0) };
-        self.recurrence_kernel("finish_gates", p, launch, &args)
+        self.recurrence_kernel((Source::RecurrenceGradients, "finish_gates"), p, launch, &args)
     }
 }
 

@@ -11,7 +11,9 @@ use liger_tensor::DType;
 fn sizes(source: Source) -> Vec<[usize; 5]> {
     match source {
         Source::Attention => vec![[64, 4, 0, 0, 0], [128, 4, 0, 0, 0], [64, 3, 0, 0, 0]],
-        Source::Recurrence => vec![[64, 64, 4, 4, 0], [128, 128, 4, 4, 0], [64, 64, 3, 3, 0], [64, 64, 3, 3, 1]],
+        Source::RecurrenceChunks | Source::RecurrenceGradients | Source::RecurrenceStep => {
+            vec![[64, 64, 4, 4, 0], [128, 128, 4, 4, 0], [64, 64, 3, 3, 0], [64, 64, 3, 3, 1]]
+        }
         _ => vec![[0; 5]],
     }
 }

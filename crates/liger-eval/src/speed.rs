@@ -17,8 +17,8 @@ pub struct StepCost {
     pub state_bytes: usize,
 }
 
-/// Times greedy steps of `texts` texts side by side after `context` tokens each. The state is filled without running the text: what it holds does not change
-/// how long a step takes.
+/// Times greedy steps of `texts` texts side by side after `context` tokens each. The state is filled without running the
+/// text: what it holds does not change how long a step takes.
 ///
 /// # Errors
 /// If the device fails.

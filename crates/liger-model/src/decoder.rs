@@ -196,10 +196,7 @@ impl Decoder {
     /// # Errors
     /// If the device fails.
     pub fn training_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let head = self.output_weight();
-        let mut logits = self.ops.empty(&[hidden.dim(0), head.dim(0)])?;
-        self.ops.gemm(&mut logits, hidden, head, Gemm::LINEAR)?;
-        Ok(logits)
+        self.output(hidden, self.ops.empty(&[hidden.dim(0), self.config.vocab_size])?)
     }
 
     /// Logits `[N, V]` of hidden states, in float32.
@@ -207,9 +204,11 @@ impl Decoder {
     /// # Errors
     /// If the device fails.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let head = self.output_weight();
-        let mut logits = self.ops.empty_f32(&[hidden.dim(0), head.dim(0)])?;
-        self.ops.gemm(&mut logits, hidden, head, Gemm::LINEAR)?;
+        self.output(hidden, self.ops.empty_f32(&[hidden.dim(0), self.config.vocab_size])?)
+    }
+
+    fn output(&self, hidden: &Tensor, mut logits: Tensor) -> Result<Tensor> {
+        self.ops.gemm(&mut logits, hidden, self.output_weight(), Gemm::LINEAR)?;
         Ok(logits)
     }
 

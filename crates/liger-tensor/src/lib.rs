@@ -7,6 +7,7 @@
 //! [`Sequences`] says where each begins, which slot of a decoding state it continues and at which position.
 //! One layout so serves packed training batches, ragged prefill and one-token decoding.
 
+pub mod checks;
 mod error;
 mod ops;
 mod sequences;

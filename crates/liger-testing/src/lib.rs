@@ -1,7 +1,8 @@
 //! One table of tests that every device runs: each operation against a plain float64 version, each backward against
 //! the float64 gradient, over odd sizes and log gates down to -1e4.
 //!
-//! A device's test file calls [`check_all`] and [`check_drawn`] and nothing else. Failing checks panic with the operation and the sizes.
+//! A device's test file calls [`check_all`] and [`check_drawn`] and nothing else. Failing checks panic with the operation
+//! and the sizes.
 
 mod attention;
 mod plain;

@@ -8,11 +8,26 @@ use crate::error::Result;
 use crate::recipe::Objective;
 
 /// Rows whose logits are in memory at once: few on a CPU, on a device with its own memory up to half a gigabyte.
-pub fn loss_chunk(decoder: &Decoder) -> usize {
+fn loss_chunk(decoder: &Decoder) -> usize {
     match decoder.ops().memory() {
         Some(_) => ((512 << 20) / (4 * decoder.config().vocab_size)).clamp(256, 8192) / 256 * 256,
         None => 256,
     }
+}
+
+/// Gradient `[N, d]` of the final hidden states by the mean next-token loss; `labels[i]` is the token that row i should
+/// predict, -1 for none.
+///
+/// # Errors
+/// If the device fails.
+pub fn next_token_gradient(decoder: &Decoder, hidden: &Tensor, labels: Vec<i64>) -> Result<Tensor> {
+    let mut dhidden = decoder.ops().zeros(hidden.shape())?;
+    let scale = 1.0 / labels.len().max(1) as f32;
+    let objective = Objective::NextToken;
+    let models = Models { student: decoder, teacher: decoder, objective, recompute: Recompute::None };
+    let batch = Batch { ids: Vec::new(), labels, sequences: Sequences::default() };
+    models.losses(&batch, hidden, None, Some((&mut dhidden, scale)))?;
+    Ok(dhidden)
 }
 
 /// Rows as one batch.

@@ -11,7 +11,7 @@ use liger_model::{
 use liger_tensor::{
     FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences, Tensor,
 };
-use liger_train::{Optimizer, Recipe};
+use liger_train::{Optimizer, Recipe, next_token_gradient};
 use serde_json::json;
 
 use crate::common::{DeviceArgs, RecomputeArg, mebibytes, print};
@@ -32,8 +32,8 @@ pub struct Args {
     /// Structure of the student; `none` measures softmax attention
     #[arg(long, default_value = "gla")]
     structure: String,
-    /// Lengths in tokens [default: 512,4096,16384 for decode, 1024,4096,16384 for prefill, 1024 for train, 1024,4096,16384,65536
-    /// for recurrence]
+    /// Lengths in tokens [default: 512,4096,16384 for decode, 1024,4096,16384 for prefill, 1024 for train,
+    /// 1024,4096,16384,65536 for recurrence]
     #[arg(long, value_delimiter = ',')]
     lengths: Vec<usize>,
     /// Texts side by side
@@ -226,7 +226,7 @@ impl Bench<'_> {
                 gradients.matrices_mut().try_for_each(|matrix| ops.clear(matrix))?;
                 let sequences = Sequences::fresh(vec![length; batch]);
                 let pass = self.decoder.train_forward(&ids, sequences, &adapter, 0, recompute)?;
-                let dhidden = self.loss_gradient(&pass.hidden, &labels)?;
+                let dhidden = next_token_gradient(self.decoder, &pass.hidden, labels.clone())?;
                 self.decoder.train_backward(pass, &dhidden, &adapter, &mut gradients)?;
                 let norm = Optimizer::norm(&gradients, ops)?;
                 Ok(optimizer.step(&mut adapter, &gradients, ops, (step, 1e-3, norm), &recipe)?)
@@ -292,23 +292,6 @@ impl Bench<'_> {
                 "tokens_per_second": n as f64 / total}));
         }
         Ok((table, rows, format!("{heads} query and {kv} key/value heads of {d}")))
-    }
-
-    /// The gradient of the hidden states by the mean next-token loss, chunk by chunk as in training.
-    fn loss_gradient(&self, hidden: &Tensor, labels: &[i64]) -> Result<Tensor> {
-        let ops = self.ops;
-        let mut dhidden = ops.zeros(hidden.shape())?;
-        let chunk = liger_train::loss_chunk(self.decoder);
-        for first in (0..labels.len()).step_by(chunk) {
-            let count = chunk.min(labels.len() - first);
-            let mut rows = ops.empty(&[count, hidden.dim(1)])?;
-            ops.copy_rows(&mut rows, hidden, first)?;
-            let mut logits = self.decoder.training_logits(&rows)?;
-            ops.cross_entropy(&mut logits, &labels[first..first + count], Some(1.0 / labels.len() as f32))?;
-            self.decoder.logits_backward(&mut rows, &logits)?;
-            ops.write_rows(&mut dhidden, &rows, first)?;
-        }
-        Ok(dhidden)
     }
 
     /// Bytes a second that copying a large tensor reads and writes.

@@ -8,9 +8,9 @@
 
 mod chunk;
 
-use liger_tensor::{Error, GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
+use liger_tensor::checks::RecurrenceSizes;
+use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
 
-use crate::attention::Heads;
 use crate::gemm::{matmul, rows};
 use crate::math::{add_scaled, exp};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
@@ -28,46 +28,27 @@ struct Problem<'a> {
     v: &'a [f32],
     gate: &'a [f32],
     axis: GateAxis,
-    heads: Heads,
-    /// Dv; Dk is `heads.dim`.
-    value_dim: usize,
+    sizes: RecurrenceSizes,
 }
 
 impl<'a> Problem<'a> {
     fn new(operation: &'static str, inputs: Recurrence<'a>) -> Result<Self> {
-        let heads = Heads::of(operation, inputs.q, inputs.k, inputs.sequences)?;
-        let value_dim = inputs.v.dim(2);
-        let gate_dim = if inputs.axis == GateAxis::Key { heads.dim } else { value_dim };
-        for (tensor, d) in [(inputs.v, value_dim), (inputs.log_gate, gate_dim)] {
-            if tensor.shape() != [inputs.sequences.rows(), heads.kv, d] {
-                let expected = format!("[{}, {}, {d}]", inputs.sequences.rows(), heads.kv);
-                return Err(Error::Shape { operation, found: tensor.shape().to_vec(), expected });
-            }
-        }
+        let sizes = RecurrenceSizes::of(operation, &inputs)?;
         Ok(Self {
             q: inputs.q.as_f32()?,
             k: inputs.k.as_f32()?,
             v: inputs.v.as_f32()?,
             gate: inputs.log_gate.as_f32()?,
             axis: inputs.axis,
-            heads,
-            value_dim,
+            sizes,
         })
-    }
-
-    fn gate_dim(&self) -> usize {
-        if self.axis == GateAxis::Key { self.heads.dim } else { self.value_dim }
-    }
-
-    fn state_len(&self) -> usize {
-        self.heads.dim * self.value_dim
     }
 
     /// Rows `range` of one head of `x [N, K, width]`.
     fn kv_rows(&self, x: &[f32], width: usize, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
         let mut out = Vec::with_capacity(range.len() * width);
         for t in range {
-            let at = (t * self.heads.kv + head) * width;
+            let at = (t * self.sizes.heads.kv + head) * width;
             out.extend_from_slice(&x[at..at + width]);
         }
         out
@@ -75,22 +56,22 @@ impl<'a> Problem<'a> {
 
     /// Rows `range` of the query group of one head of `x [N, H, width]`.
     fn query_rows(&self, x: &[f32], width: usize, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
-        let count = self.heads.group() * width;
+        let count = self.sizes.heads.group() * width;
         let mut out = Vec::with_capacity(range.len() * count);
         for t in range {
-            let at = (t * self.heads.query + head * self.heads.group()) * width;
+            let at = (t * self.sizes.heads.query + head * self.sizes.heads.group()) * width;
             out.extend_from_slice(&x[at..at + count]);
         }
         out
     }
 
     fn load(&self, head: usize, range: std::ops::Range<usize>) -> Loaded {
-        let mut gates = self.kv_rows(self.gate, self.gate_dim(), head, range.clone());
+        let mut gates = self.kv_rows(self.gate, self.sizes.gate_dim, head, range.clone());
         gates.iter_mut().for_each(|g| *g = g.max(LOWEST_GATE));
         Loaded {
-            q: self.query_rows(self.q, self.heads.dim, head, range.clone()),
-            k: self.kv_rows(self.k, self.heads.dim, head, range.clone()),
-            v: self.kv_rows(self.v, self.value_dim, head, range),
+            q: self.query_rows(self.q, self.sizes.heads.dim, head, range.clone()),
+            k: self.kv_rows(self.k, self.sizes.heads.dim, head, range.clone()),
+            v: self.kv_rows(self.v, self.sizes.value_dim, head, range),
             gates,
         }
     }
@@ -161,7 +142,7 @@ fn decay_state(state: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
 
 /// Output `[C, G, Dv]` of one chunk given the state before it.
 fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -> Vec<f32> {
-    let (dk, dv, group) = (p.heads.dim, p.value_dim, p.heads.group());
+    let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
     let (len, count) = (c.k.len() / dk, c.q.len() / dk);
     let from_start = chunk.start_decay();
     match p.axis {
@@ -186,7 +167,7 @@ fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -
 
 /// One token: S := gate S + k^T v; o = q S.
 fn step(out: &mut [f32], state: &mut [f32], c: &Loaded, p: &Problem<'_>) {
-    let (dk, dv) = (p.heads.dim, p.value_dim);
+    let (dk, dv) = (p.sizes.heads.dim, p.sizes.value_dim);
     vectorized!(|| {
         let decay: Vec<f32> = c.gates.iter().map(|&g| exp(g)).collect();
         out.fill(0.0);
@@ -207,13 +188,10 @@ fn step(out: &mut [f32], state: &mut [f32], c: &Loaded, p: &Problem<'_>) {
 
 pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&mut Tensor>) -> Result<()> {
     let p = Problem::new("gated_recurrence_forward", inputs)?;
-    let (dk, dv, group, kv) = (p.heads.dim, p.value_dim, p.heads.group(), p.heads.kv);
+    let (dk, dv, group, kv) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv);
     let sequences = inputs.sequences.list();
-    if out.len() != inputs.sequences.rows() * p.heads.query * dv {
-        let expected = format!("[{}, {}, {dv}]", inputs.sequences.rows(), p.heads.query);
-        return Err(Error::Shape { operation: "gated_recurrence_forward", found: out.shape().to_vec(), expected });
-    }
-    check_state("gated_recurrence_forward", state.as_deref(), &inputs, &p)?;
+    p.sizes.check_out("gated_recurrence_forward", out, inputs.sequences)?;
+    p.sizes.check_state("gated_recurrence_forward", state.as_deref(), inputs.sequences)?;
     let states = match state {
         Some(state) => Some(Disjoint::new(state.as_f32_mut()?)),
         None => None,
@@ -224,9 +202,9 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&m
         let mut scratch;
         let state = match &states {
             // SAFETY: slots differ between sequences, so each (slot, head) has one task.
-            Some(states) => unsafe { states.slice((s.slot * kv + head) * p.state_len(), p.state_len()) },
+            Some(states) => unsafe { states.slice((s.slot * kv + head) * p.sizes.state_len(), p.sizes.state_len()) },
             None => {
-                scratch = vec![0.0f32; p.state_len()];
+                scratch = vec![0.0f32; p.sizes.state_len()];
                 &mut scratch[..]
             }
         };
@@ -235,12 +213,12 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&m
             let c = p.load(head, range.clone());
             let width = group * dv;
             // SAFETY: each (token, head) belongs to exactly one task.
-            let out_row = |t: usize| unsafe { out.slice((t * p.heads.query + head * group) * dv, width) };
+            let out_row = |t: usize| unsafe { out.slice((t * p.sizes.heads.query + head * group) * dv, width) };
             if s.len == 1 {
                 step(out_row(s.start), state, &c, &p);
                 continue;
             }
-            let chunk = Chunk::new(&c.gates, p.gate_dim(), group);
+            let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
             let block = chunk_output(&c, &chunk, state, &p);
             for (t, row) in range.zip(block.chunks_exact(width)) {
                 out_row(t).copy_from_slice(row);
@@ -251,21 +229,6 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&m
     Ok(())
 }
 
-fn check_state(
-    operation: &'static str,
-    state: Option<&Tensor>,
-    inputs: &Recurrence<'_>,
-    p: &Problem<'_>,
-) -> Result<()> {
-    let Some(state) = state else { return Ok(()) };
-    let slots = inputs.sequences.list().iter().map(|s| s.slot + 1).max().unwrap_or(0);
-    if state.dim(0) >= slots && state.len() == state.dim(0) * p.heads.kv * p.state_len() {
-        return Ok(());
-    }
-    let expected = format!("[at least {slots}, {}, {}, {}]", p.heads.kv, p.heads.dim, p.value_dim);
-    Err(Error::Shape { operation, found: state.shape().to_vec(), expected })
-}
-
 pub(crate) fn backward(
     gradients: RecurrenceGradients<'_>,
     inputs: Recurrence<'_>,
@@ -273,9 +236,9 @@ pub(crate) fn backward(
     dout: &Tensor,
 ) -> Result<()> {
     let p = Problem::new("gated_recurrence_backward", inputs)?;
-    check_state("gated_recurrence_backward", initial, &inputs, &p)?;
-    let (dk, dv, group, kv) = (p.heads.dim, p.value_dim, p.heads.group(), p.heads.kv);
-    let (sequences, len) = (inputs.sequences.list(), p.state_len());
+    p.sizes.check_state("gated_recurrence_backward", initial, inputs.sequences)?;
+    let (dk, dv, group, kv) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv);
+    let (sequences, len) = (inputs.sequences.list(), p.sizes.state_len());
     let initial = initial.map(Tensor::as_f32).transpose()?;
     let dout = dout.as_f32()?;
     let out = Outputs {
@@ -303,12 +266,12 @@ pub(crate) fn backward(
             let c = p.load(head, range(n));
             let (before, after) = states[n * len..(n + 2) * len].split_at_mut(len);
             after.copy_from_slice(before);
-            advance(after, &c, &Chunk::new(&c.gates, p.gate_dim(), group), p.axis, dk, dv);
+            advance(after, &c, &Chunk::new(&c.gates, p.sizes.gate_dim, group), p.axis, dk, dv);
         }
 
         let mut dstate = vec![0.0f32; len];
         // The gate's gradient is one sum from the end of the sequence, kept in float64: it runs over many tokens.
-        let mut gate_sum = vec![0.0f64; p.gate_dim()];
+        let mut gate_sum = vec![0.0f64; p.sizes.gate_dim];
         if let Some(dstates) = &dstates {
             // SAFETY: each (sequence, head) has one task.
             dstate.copy_from_slice(unsafe { dstates.slice(task * len, len) });
@@ -319,7 +282,7 @@ pub(crate) fn backward(
         }
         for n in (0..chunks).rev() {
             let c = p.load(head, range(n));
-            let chunk = Chunk::new(&c.gates, p.gate_dim(), group);
+            let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
             let dout = p.query_rows(dout, dv, head, range(n));
             let g = chunk_gradients(&c, &chunk, &states[n * len..(n + 1) * len], &mut dstate, &dout, &p);
             out.store(&p, &g, &c, head, range(n), &mut gate_sum);
@@ -349,7 +312,7 @@ fn chunk_gradients(
     dout: &[f32],
     p: &Problem<'_>,
 ) -> ChunkGradients {
-    let (dk, dv, group) = (p.heads.dim, p.value_dim, p.heads.group());
+    let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
     let (len, count) = (c.k.len() / dk, c.q.len() / dk);
     let (from_start, to_end, total) = (chunk.start_decay(), chunk.end_decay(), chunk.total_decay());
     let product = |sizes: (usize, usize, usize), a, b| {
@@ -435,15 +398,15 @@ impl Outputs<'_> {
         range: std::ops::Range<usize>,
         gate_sum: &mut [f64],
     ) {
-        let (kv, group, gate_dim) = (p.heads.kv, p.heads.group(), p.gate_dim());
+        let (kv, group, gate_dim) = (p.sizes.heads.kv, p.sizes.heads.group(), p.sizes.gate_dim);
         for (i, t) in range.enumerate().rev() {
             let write = |to: &Disjoint<'_>, from: &[f32], width: usize, at: usize| {
                 // SAFETY: each (token, head) belongs to exactly one task.
                 unsafe { to.slice(at * width, width) }.copy_from_slice(&from[i * width..(i + 1) * width]);
             };
-            write(&self.q, &g.q, group * p.heads.dim, t * kv + head);
-            write(&self.k, &g.k, p.heads.dim, t * kv + head);
-            write(&self.v, &g.v, p.value_dim, t * kv + head);
+            write(&self.q, &g.q, group * p.sizes.heads.dim, t * kv + head);
+            write(&self.k, &g.k, p.sizes.heads.dim, t * kv + head);
+            write(&self.v, &g.v, p.sizes.value_dim, t * kv + head);
             // SAFETY: as above.
             let gate = unsafe { self.gate.slice((t * kv + head) * gate_dim, gate_dim) };
             for d in 0..gate_dim {
