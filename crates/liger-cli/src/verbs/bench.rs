@@ -8,9 +8,7 @@ use liger_model::{
     Adapter, Decoder, LigerConfig, LoraConfig, ModelConfig, RandomWeights, Recompute, SHAPES, Structure, Target,
     Weights, files,
 };
-use liger_tensor::{
-    FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences, Tensor,
-};
+use liger_tensor::{FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences};
 use liger_train::{Optimizer, Recipe, next_token_gradient};
 use serde_json::json;
 
