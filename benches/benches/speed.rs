@@ -54,7 +54,7 @@ fn model(c: &mut Criterion) {
     group.sample_size(10);
     let generator = Generator { decoder: &decoder, adapter: None };
     let mut state = decoder.new_state(1).unwrap();
-    group.bench_function("decode step", |b| b.iter(|| generator.step(&mut state, &[(0, 1)]).unwrap()));
+    group.bench_function("decode step", |b| b.iter(|| generator.step(&mut state, &[(0, 1)]).map(|_| ()).unwrap()));
     let lora = LoraConfig { rank: 8, alpha: 8.0, dropout: 0.0, targets: Target::ALL.to_vec() };
     let adapter = Adapter::new(lora, config, ops, 0).unwrap();
     let mut gradients = adapter.zeros_like(config, ops).unwrap();

@@ -114,7 +114,8 @@ pub(crate) fn backward(
         args.extend(inputs);
         args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
         let shared = shared_bytes(cuda.activations, tiles, &[]);
-        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
+        let launch =
+            Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared, ..Launch::default() };
         cuda.attention_kernel(name, heads, launch, &args)
     };
     let tiles = [(2 * ROWS + 2 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
@@ -127,7 +128,7 @@ pub(crate) fn backward(
     }
     let args = [dk, dv, parts, Arg::Pointer(by_rows.0.pointer), Arg::Int(by_rows.1 as i32), Arg::Words(&words)];
     let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
-    cuda.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (1024, 1), shared: 0 }, &args)
+    cuda.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (1024, 1), ..Launch::default() }, &args)
 }
 
 impl Cuda {
@@ -151,7 +152,8 @@ impl Cuda {
         let words = self::words(heads, spec, cache_rows);
         let padded = heads.dim.next_multiple_of(16);
         let shared = shared_bytes(self.activations, &[(ROWS + 2 * KEYS, padded)], &[]);
-        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
+        let launch =
+            Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared, ..Launch::default() };
         let args = [
             self.act(NAME, out)?,
             Arg::Pointer(lse),
@@ -214,7 +216,7 @@ impl Cuda {
             Arg::Pointer(batch.rows.pointer),
             Arg::Words(&words),
         ];
-        let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), shared: 0 };
+        let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), ..Launch::default() };
         self.attention_kernel("cache_insert", heads, launch, &args)
     }
 
@@ -248,13 +250,13 @@ impl Cuda {
             Arg::Words(&words),
         ];
         let slices = heads.kv * heads.group().div_ceil(STEP_HEADS);
-        let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), shared: 0 };
+        let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), ..Launch::default() };
         self.attention_kernel(NAME, heads, launch, &args)?;
         if splits == 1 {
             return Ok(());
         }
         let args = [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32)];
-        let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
+        let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), ..Launch::default() };
         self.attention_kernel("attention_merge", heads, launch, &args)
     }
 }

@@ -40,8 +40,10 @@ pub enum Source {
     RecurrenceStep,
     /// Losses and the optimizer.
     Loss,
-    /// Matrix times few rows.
-    Gemv,
+    /// Linear layers of few rows.
+    FewRows,
+    /// Liger Attention for one token.
+    LigerStep,
 }
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
@@ -50,7 +52,7 @@ const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
     /// Every file.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Elementwise,
         Self::Features,
         Self::Attention,
@@ -58,7 +60,8 @@ impl Source {
         Self::RecurrenceGradients,
         Self::RecurrenceStep,
         Self::Loss,
-        Self::Gemv,
+        Self::FewRows,
+        Self::LigerStep,
     ];
 
     fn name(self) -> &'static str {
@@ -70,7 +73,8 @@ impl Source {
             Self::RecurrenceGradients => "recurrence_gradients.cu",
             Self::RecurrenceStep => "recurrence_step.cu",
             Self::Loss => "loss.cu",
-            Self::Gemv => "gemv.cu",
+            Self::FewRows => "few_rows.cu",
+            Self::LigerStep => "liger_step.cu",
         }
     }
 
@@ -83,7 +87,8 @@ impl Source {
             Self::RecurrenceGradients => include_str!("../kernels/recurrence_gradients.cu"),
             Self::RecurrenceStep => include_str!("../kernels/recurrence_step.cu"),
             Self::Loss => include_str!("../kernels/loss.cu"),
-            Self::Gemv => include_str!("../kernels/gemv.cu"),
+            Self::FewRows => include_str!("../kernels/few_rows.cu"),
+            Self::LigerStep => include_str!("../kernels/liger_step.cu"),
         }
     }
 
@@ -91,6 +96,7 @@ impl Source {
     pub fn sizes(self) -> &'static [&'static str] {
         match self {
             Self::Attention => &["DIM", "GROUP"],
+            Self::LigerStep => &["DIM", "GROUP", "SLOTS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
                 &["DK", "DV", "GROUP", "SLICE", "AXIS"]
             }

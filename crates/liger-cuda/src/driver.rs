@@ -33,21 +33,24 @@ pub(crate) fn int(n: usize) -> Arg<'static> {
 }
 
 /// Grid, block and bytes of dynamic shared memory.
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Launch {
     pub(crate) grid: (u32, u32, u32),
     pub(crate) block: (u32, u32),
     pub(crate) shared: usize,
+    /// Starts while the kernel before still runs, and waits for it itself: `wait_for_earlier` in kernels/common.cuh.
+    pub(crate) ahead: bool,
 }
 
 impl Launch {
     /// One thread for each of `n` elements, `per_thread` at a time.
     pub(crate) fn over(n: usize, per_thread: usize) -> Self {
-        Self { grid: (n.div_ceil(256 * per_thread) as u32, 1, 1), block: (256, 1), shared: 0 }
+        Self { grid: (n.div_ceil(256 * per_thread) as u32, 1, 1), block: (256, 1), ..Launch::default() }
     }
 
     /// One warp for each row.
     pub(crate) fn warp_rows(rows: usize) -> Self {
-        Self { grid: (rows.div_ceil(8) as u32, 1, 1), block: (32, 8), shared: 0 }
+        Self { grid: (rows.div_ceil(8) as u32, 1, 1), block: (32, 8), ..Launch::default() }
     }
 }
 
@@ -59,6 +62,8 @@ pub(crate) struct Gpu {
     pub(crate) arch: String,
     driver_version: i32,
     pub(crate) largest_shared: usize,
+    /// Kernels can be started ahead of time.
+    starts_ahead: bool,
     kernels: Mutex<Kernels>,
     pool: Mutex<Pool>,
     profile: Mutex<Option<Vec<Span>>>,
@@ -101,6 +106,21 @@ unsafe impl Sync for Gpu {}
 unsafe impl Send for Module {}
 // SAFETY: as for modules.
 unsafe impl Send for Function {}
+
+/// Recorded work.
+pub(crate) struct Graph(sys::CUgraphExec);
+
+// SAFETY: a plain name of the driver's.
+unsafe impl Send for Graph {}
+// SAFETY: it is only launched, into one stream.
+unsafe impl Sync for Graph {}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once; the driver waits for a launch that is under way.
+        let _ = unsafe { sys::cuGraphExecDestroy(self.0) };
+    }
+}
 
 /// Device memory that goes back to its GPU's pool when it is dropped.
 pub(crate) struct Block {
@@ -168,7 +188,18 @@ impl Gpu {
         // The machine code of Hopper's own instructions is not compatible with later chips.
         let arch = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
         let (kernels, pool, profile) = Default::default();
-        Ok(Self { context, stream, name, arch, driver_version, largest_shared, kernels, pool, profile })
+        Ok(Self {
+            context,
+            stream,
+            name,
+            arch,
+            driver_version,
+            largest_shared,
+            starts_ahead: major >= 9,
+            kernels,
+            pool,
+            profile,
+        })
     }
 
     /// Makes the context current on this thread.
@@ -322,7 +353,7 @@ impl Gpu {
 
     /// Starts a kernel.
     pub(crate) fn launch(&self, kernel: Kernel, variant: Variant, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        let Launch { grid, block, shared } = launch;
+        let Launch { grid, block, shared, ahead } = launch;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
@@ -344,11 +375,60 @@ impl Gpu {
             .collect();
         let block = (block.0, block.1, 1);
         let span = self.begin_span(|| kernel.1.to_owned())?;
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0,
+            gridDimY: grid.1,
+            gridDimZ: grid.2,
+            blockDimX: block.0,
+            blockDimY: block.1,
+            blockDimZ: block.2,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream,
+            attrs: &raw mut attribute,
+            numAttrs: u32::from(ahead && self.starts_ahead),
+        };
         // SAFETY: the arguments are those of the kernel, and live until the call returns; sizes were checked by the
         // operation that launches.
-        unsafe { result::launch_kernel(function.0, grid, block, shared as u32, self.stream, &mut pointers) }
+        unsafe { sys::cuLaunchKernelEx(&raw const config, function.0, pointers.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
             .map_err(failed(kernel.1))?;
         self.end_span(span)
+    }
+
+    /// Records what `run` starts instead of doing it. Kernels must have been loaded, and nothing may be allocated afresh.
+    /// `None` while a profile is taken, which records events of its own.
+    pub(crate) fn record(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<Option<Graph>> {
+        if self.profile.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+            return Ok(None);
+        }
+        self.bind()?;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream is valid and not recording: nothing else uses it while `run` runs.
+        unsafe { result::stream::begin_capture(self.stream, mode) }.map_err(failed("record a step"))?;
+        let outcome = run();
+        // SAFETY: ends what was begun above.
+        let graph = unsafe { result::stream::end_capture(self.stream) }.map_err(failed("record a step"));
+        outcome?;
+        let graph = graph?;
+        let mut executable = std::ptr::null_mut();
+        // SAFETY: the graph was just recorded; the executable one does not need it once it is made.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) }.result();
+        // SAFETY: as above; destroyed once.
+        let _ = unsafe { sys::cuGraphDestroy(graph) };
+        made.map_err(failed("record a step"))?;
+        Ok(Some(Graph(executable)))
+    }
+
+    /// Does recorded work.
+    pub(crate) fn replay(&self, graph: &Graph) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the graph is whole; whoever keeps it keeps the memory that it works on.
+        unsafe { sys::cuGraphLaunch(graph.0, self.stream) }.result().map_err(failed("replay a step"))
     }
 
     /// From now on the time of everything that runs is taken.

@@ -4,7 +4,7 @@ use liger_tensor::checks::{self, same_length, whole_rows};
 use liger_tensor::{DType, Result, Tensor};
 
 use crate::compile::{Source, Variant};
-use crate::driver::{Arg, Launch, int, long};
+use crate::driver::{Arg, Block, Launch, int, long};
 use crate::{Cuda, pointer, rows_of, typed};
 
 pub(crate) fn add_bias(cuda: &Cuda, x: &mut Tensor, bias: &Tensor) -> Result<()> {
@@ -31,7 +31,7 @@ fn norm_launch(width: usize, rows: usize) -> Launch {
     if width <= 256 {
         return Launch::warp_rows(rows);
     }
-    Launch { grid: (rows as u32, 1, 1), block: (256, 1), shared: 0 }
+    Launch { grid: (rows as u32, 1, 1), block: (256, 1), ..Launch::default() }
 }
 
 pub(crate) fn rms_norm_forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
@@ -125,17 +125,23 @@ pub(crate) fn swiglu_backward(cuda: &Cuda, gate: &mut Tensor, up: &mut Tensor, d
 }
 
 pub(crate) fn embedding(cuda: &Cuda, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-    let (_, width) = checks::embedding(out, table, ids)?;
+    checks::embedding(out, table, ids)?;
     let uploaded = cuda.gpu.allocate(ids.len() * 4)?;
     cuda.gpu.write(&uploaded, ids)?;
+    embedding_rows(cuda, out, table, &uploaded)
+}
+
+/// The rows of `table` that a block on the GPU names; as many as `out` has.
+pub(crate) fn embedding_rows(cuda: &Cuda, out: &Tensor, table: &Tensor, ids: &Block) -> Result<()> {
+    let width = table.dim(1);
     let args = [
         cuda.act("embedding", out)?,
         Arg::Pointer(pointer("embedding", table)?),
         Arg::Int(i32::from(table.dtype() == DType::Bf16)),
-        Arg::Pointer(uploaded.pointer),
+        Arg::Pointer(ids.pointer),
         int(width),
     ];
-    let launch = Launch { grid: (ids.len() as u32, 1, 1), block: (256, 1), shared: 0 };
+    let launch = Launch { grid: ((out.len() / width) as u32, 1, 1), block: (256, 1), ..Launch::default() };
     cuda.launch((Source::Elementwise, "embedding"), launch, &args)
 }
 

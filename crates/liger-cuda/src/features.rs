@@ -7,6 +7,24 @@ use crate::compile::Source;
 use crate::driver::{Arg, Launch, int, long};
 use crate::{Cuda, rows_of};
 
+/// `GATE_...` of the kernels, and the divisor.
+pub(crate) fn gate_words(gate: Gate) -> (i32, f32) {
+    match gate {
+        Gate::LogSigmoid { divisor } => (0, divisor),
+        Gate::MeanLogSigmoid => (1, 1.0),
+        Gate::MeanNegativeSoftplus => (2, 1.0),
+        Gate::NegativeExp => (3, 1.0),
+    }
+}
+
+/// `MAP_...` of the kernels.
+pub(crate) fn map_word(map: FeatureMap) -> i32 {
+    match map {
+        FeatureMap::Softmax => 0,
+        FeatureMap::OneMinusSigmoid => 1,
+    }
+}
+
 /// One map; with gates for the key. The same kernel arguments serve both directions.
 fn feature(
     cuda: &Cuda,
@@ -24,16 +42,7 @@ fn feature(
         }
         None => Arg::Pointer(0),
     };
-    let (kind, divisor) = match how.1 {
-        Gate::LogSigmoid { divisor } => (0, divisor),
-        Gate::MeanLogSigmoid => (1, 1.0),
-        Gate::MeanNegativeSoftplus => (2, 1.0),
-        Gate::NegativeExp => (3, 1.0),
-    };
-    let map = match how.0 {
-        FeatureMap::Softmax => 0,
-        FeatureMap::OneMinusSigmoid => 1,
-    };
+    let ((kind, divisor), map) = (gate_words(how.1), map_word(how.0));
     let (width, rows) = rows_of(x);
     let (y, x) = (cuda.act(name, y)?, cuda.act(name, x)?);
     let args = [y, gates, x, Arg::Int(map), Arg::Int(kind), Arg::Float(divisor), int(width), int(rows)];

@@ -8,14 +8,11 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 use liger_tensor::{DType, Error, Gemm, Result, Tensor};
 
-use crate::compile::Source;
-use crate::driver::{Arg, Block, Launch};
+use crate::driver::Block;
 use crate::{Cuda, pointer};
 
 /// cuBLASLt's scratch: what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
-/// Up to this many rows, one pass over the weights in an own kernel is faster than cuBLASLt.
-const FEW_ROWS: usize = 4;
 
 /// What a plan depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -134,8 +131,9 @@ pub(crate) fn gemm(cuda: &Cuda, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gem
     if m == 0 || n == 0 {
         return Ok(());
     }
-    if is_gemv(cuda, c, a, b, how, (m, k)) {
-        return gemv(cuda, c, a, b, how, (m, n, k));
+    let is_plain = !how.transpose_a && how.transpose_b && how.scale == 1.0;
+    if is_plain && crate::steps::takes_linear(cuda.activations, a, b) {
+        return crate::steps::linear(cuda, c, a, b, how.accumulate);
     }
     // Both inputs in one type: the adapters' float32 becomes bfloat16 beside bfloat16 activations.
     let input = if a.dtype() == b.dtype() { a.dtype() } else { cuda.activations };
@@ -185,35 +183,4 @@ fn converted(cuda: &Cuda, x: &Tensor, dtype: DType) -> Result<Option<Block>> {
     let block = cuda.gpu.allocate(x.len() * dtype.size())?;
     cuda.convert(block.pointer, pointer("gemm", x)?, dtype, x.len())?;
     Ok(Some(block))
-}
-
-fn is_gemv(cuda: &Cuda, c: &Tensor, a: &Tensor, b: &Tensor, how: Gemm, (m, k): (usize, usize)) -> bool {
-    let linear = !how.transpose_a && how.transpose_b && b.dtype() == DType::Bf16;
-    linear
-        && m <= FEW_ROWS
-        && k.is_multiple_of(8)
-        && a.dtype() == cuda.activations
-        && !(c.dtype() == DType::Bf16 && a.dtype() == DType::F32)
-}
-
-fn gemv(
-    cuda: &Cuda,
-    c: &mut Tensor,
-    x: &Tensor,
-    w: &Tensor,
-    how: Gemm,
-    (m, n, k): (usize, usize, usize),
-) -> Result<()> {
-    let name = if c.dtype() == DType::F32 { "gemv_to_f32" } else { "gemv" };
-    let args = [
-        Arg::Pointer(pointer("gemm", c)?),
-        Arg::Pointer(pointer("gemm", w)?),
-        Arg::Pointer(pointer("gemm", x)?),
-        Arg::Int(m as i32),
-        Arg::Int(k as i32),
-        Arg::Int(n as i32),
-        Arg::Float(how.scale),
-        Arg::Int(i32::from(how.accumulate)),
-    ];
-    cuda.launch((Source::Gemv, name), Launch::warp_rows(n), &args)
 }

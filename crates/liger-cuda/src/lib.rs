@@ -16,6 +16,7 @@ mod gemm;
 mod libraries;
 mod loss;
 mod recurrence;
+mod steps;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use half::bf16;
 use liger_tensor::checks;
 use liger_tensor::{
     AdamwStep, AttentionSpec, DType, DeviceMemory, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Recurrence,
-    RecurrenceGradients, Result, Sequences, Storage, Tensor,
+    RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
 };
 
 use batch::{Batch, Batches};
@@ -231,6 +232,10 @@ impl Ops for Cuda {
         Some(self.gpu.peak_bytes())
     }
 
+    fn steps(&self) -> Option<&dyn StepOps> {
+        (self.activations == DType::Bf16).then_some(self)
+    }
+
     fn random(&self, shape: &[usize], bound: f32, seed: u64, dtype: DType) -> Result<Tensor> {
         let tensor = self.tensor(shape, dtype)?;
         let args = [
@@ -239,7 +244,7 @@ impl Ops for Cuda {
             Arg::Long(seed as i64),
             Arg::Long(tensor.len() as i64),
         ];
-        let launch = Launch { grid: (1024, 1, 1), block: (256, 1), shared: 0 };
+        let launch = Launch { grid: (1024, 1, 1), block: (256, 1), ..Launch::default() };
         self.gpu.launch((Source::Elementwise, "uniform"), Variant::of(dtype), launch, &args)?;
         Ok(tensor)
     }

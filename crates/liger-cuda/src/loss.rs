@@ -30,7 +30,7 @@ fn loss(
         Arg::Int(i32::from(scale.is_some())),
         Arg::Float(scale.unwrap_or(0.0)),
     ]);
-    let launch = Launch { grid: (rows as u32, 1, 1), block: (512, 1), shared: 0 };
+    let launch = Launch { grid: (rows as u32, 1, 1), block: (512, 1), ..Launch::default() };
     cuda.gpu.launch((Source::Loss, name), Variant::of(logits.dtype()), launch, &args)?;
     cuda.gpu.read(losses.pointer, rows)
 }
@@ -60,7 +60,7 @@ pub(crate) fn argmax(cuda: &Cuda, logits: &Tensor) -> Result<Vec<u32>> {
     let (vocabulary, rows) = rows_of(logits);
     let found = cuda.gpu.allocate(rows * 4)?;
     let args = [Arg::Pointer(found.pointer), Arg::Pointer(pointer("argmax", logits)?), int(vocabulary)];
-    let launch = Launch { grid: (rows as u32, 1, 1), block: (1024, 1), shared: 0 };
+    let launch = Launch { grid: (rows as u32, 1, 1), block: (1024, 1), ..Launch::default() };
     cuda.gpu.launch((Source::Loss, "argmax"), Variant::of(logits.dtype()), launch, &args)?;
     cuda.gpu.read(found.pointer, rows)
 }
@@ -72,7 +72,7 @@ pub(crate) fn sum_of_squares(cuda: &Cuda, tensors: &[&Tensor]) -> Result<f64> {
     let parts = cuda.gpu.allocate(total * 8)?;
     let mut at = 0;
     for x in tensors {
-        let launch = Launch { grid: (blocks(x) as u32, 1, 1), block: (256, 1), shared: 0 };
+        let launch = Launch { grid: (blocks(x) as u32, 1, 1), block: (256, 1), ..Launch::default() };
         let args = [Arg::Pointer(parts.pointer + at as u64 * 8), cuda.f32("sum_of_squares", x)?, long(x.len())];
         cuda.launch((Source::Loss, "sum_of_squares"), launch, &args)?;
         at += blocks(x);

@@ -131,7 +131,7 @@ pub(crate) fn backward(
             let args =
                 [Arg::Pointer(terms.pointer), Arg::Pointer(finals.pointer), Arg::Pointer(dfinal), Arg::Words(&p.words)];
             let grid = (p.sizes.heads.kv as u32, sequences.len() as u32, 1);
-            let launch = Launch { grid, block: (128, 1), shared: 0 };
+            let launch = Launch { grid, block: (128, 1), ..Launch::default() };
             cuda.recurrence_kernel((Source::RecurrenceGradients, "final_gate_terms"), &p, launch, &args)?;
             final_terms = Some(terms);
         }
@@ -185,8 +185,11 @@ impl Cuda {
             Arg::Words(&p.words),
         ];
         let columns = p.sizes.value_dim.div_ceil(STEP_COLUMNS) as u32;
-        let launch =
-            Launch { grid: (columns, p.sizes.heads.kv as u32, sequences.rows() as u32), block: (256, 1), shared: 0 };
+        let launch = Launch {
+            grid: (columns, p.sizes.heads.kv as u32, sequences.rows() as u32),
+            block: (256, 1),
+            ..Launch::default()
+        };
         self.recurrence_kernel((Source::RecurrenceStep, NAME), p, launch, &args)
     }
 
@@ -225,7 +228,12 @@ impl Cuda {
     }
 
     fn per_chunk(&self, p: &Problem<'_>, batch: &Batch, shared: usize) -> Launch {
-        Launch { grid: (batch.chunk_count as u32, p.sizes.heads.kv as u32, 1), block: (256, 1), shared }
+        Launch {
+            grid: (batch.chunk_count as u32, p.sizes.heads.kv as u32, 1),
+            block: (256, 1),
+            shared,
+            ..Launch::default()
+        }
     }
 
     fn scan(
@@ -252,7 +260,7 @@ impl Cuda {
         self.recurrence_kernel(
             (Source::RecurrenceChunks, "scan_states"),
             p,
-            Launch { grid, block: (256, 1), shared: 0 },
+            Launch { grid, block: (256, 1), ..Launch::default() },
             &args,
         )
     }

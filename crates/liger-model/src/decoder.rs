@@ -75,6 +75,19 @@ impl Decoder {
         &self.weights
     }
 
+    pub(crate) fn shared_weights(&self) -> &Arc<Weights> {
+        &self.weights
+    }
+
+    pub(crate) fn mixers(&self) -> &[Mixer] {
+        &self.mixers
+    }
+
+    /// RoPE's frequencies, and the factor of cosines and sines.
+    pub(crate) fn frequencies(&self) -> &(Vec<f64>, f64) {
+        &self.frequencies
+    }
+
     /// A fresh decoding state for `slots` texts.
     ///
     /// # Errors

@@ -50,15 +50,11 @@ impl Generator<'_> {
     ///
     /// # Errors
     /// As [`Generator::prefill`].
-    pub fn step(&self, state: &mut State, tokens: &[(usize, u32)]) -> Result<Tensor> {
-        let mut sequences = Sequences::default();
+    pub fn step<'s>(&self, state: &'s mut State, tokens: &[(usize, u32)]) -> Result<&'s Tensor> {
         for (slot, _) in tokens {
             self.check_length(state.position(*slot), 1)?;
-            sequences.push(1, state.position(*slot), *slot);
         }
-        let ids: Vec<u32> = tokens.iter().map(|(_, id)| *id).collect();
-        let hidden = self.decoder.forward(&ids, &sequences, Some(state), self.adapter)?;
-        self.decoder.logits(&hidden)
+        self.decoder.step(state, tokens, self.adapter)
     }
 
     fn check_length(&self, seen: usize, more: usize) -> Result<()> {
@@ -96,7 +92,7 @@ impl Generator<'_> {
             if !tell(id)? || produced == options.max_tokens {
                 break;
             }
-            logits = self.decoder.ops().download(&self.step(state, &[(0, id)])?)?;
+            logits = self.decoder.ops().download(self.step(state, &[(0, id)])?)?;
         }
         Ok(seen.split_off(prompt.len()))
     }

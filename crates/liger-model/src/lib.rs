@@ -20,6 +20,7 @@ mod generate;
 mod sampling;
 mod shapes;
 mod state;
+mod step;
 mod tokenizer;
 mod weights;
 

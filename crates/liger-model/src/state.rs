@@ -10,6 +10,7 @@ use crate::attention::Mixer;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, io};
 use crate::files;
+use crate::step::Steps;
 
 /// The state of `slots` texts that are decoded side by side.
 #[derive(Debug)]
@@ -17,6 +18,10 @@ pub struct State {
     pub(crate) layers: Vec<LayerState>,
     /// Tokens seen, by slot.
     positions: Vec<usize>,
+    /// Steps that work on this state's memory, by model and number of texts.
+    pub(crate) steps: Vec<Steps>,
+    /// Logits of the last step, where it was none of `steps`.
+    pub(crate) logits: Option<Tensor>,
 }
 
 /// The state of one layer.
@@ -44,7 +49,7 @@ impl State {
             let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)? };
             layers.push(LayerState { cache, recurrent });
         }
-        Ok(Self { layers, positions: vec![0; slots] })
+        Ok(Self { layers, positions: vec![0; slots], steps: Vec::new(), logits: None })
     }
 
     /// Number of texts.
@@ -160,6 +165,7 @@ impl State {
             layers.push(LayerState { cache: KeyValueCache { spec, keys, values }, recurrent });
         }
         (self.layers, self.positions) = (layers, positions);
+        self.steps.clear();
         Ok(())
     }
 

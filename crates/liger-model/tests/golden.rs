@@ -122,8 +122,13 @@ impl Case {
                 sequences.push(piece, done, slot);
                 ids.extend_from_slice(&self.ids[slot * self.len + done..slot * self.len + done + piece]);
             }
-            let hidden = self.decoder.forward(&ids, &sequences, Some(&mut state), adapter).unwrap();
-            let part = self.download(&self.decoder.logits(&hidden).unwrap());
+            let part = if piece == 1 {
+                let tokens: Vec<(usize, u32)> = ids.into_iter().enumerate().collect();
+                self.download(self.decoder.step(&mut state, &tokens, adapter).unwrap())
+            } else {
+                let hidden = self.decoder.forward(&ids, &sequences, Some(&mut state), adapter).unwrap();
+                self.download(&self.decoder.logits(&hidden).unwrap())
+            };
             for (slot, rows) in part.chunks(piece * vocabulary).enumerate() {
                 let at = (slot * self.len + done) * vocabulary;
                 logits[at..at + rows.len()].copy_from_slice(rows);

@@ -37,7 +37,7 @@ fn twenty_thousand_tokens_take_no_more_memory_than_a_thousand() {
     for i in 0..20_000 {
         let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
         let step = generator.step(&mut state, &[(0, best)]).unwrap();
-        logits = decoder.ops().download(&step).unwrap();
+        logits = decoder.ops().download(step).unwrap();
         if i == 1000 {
             before = resident();
         }

@@ -11,6 +11,7 @@ pub mod checks;
 mod error;
 mod ops;
 mod sequences;
+mod steps;
 mod tensor;
 
 pub use error::{Error, Result};
@@ -19,4 +20,5 @@ pub use ops::{
     RecurrenceGradients,
 };
 pub use sequences::{Sequence, Sequences};
+pub use steps::{LigerStep, Recording, StepForm, StepLinear, StepOps, StepSpec};
 pub use tensor::{DType, DeviceMemory, Pool, Storage, Tensor};

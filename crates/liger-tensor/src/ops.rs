@@ -1,6 +1,6 @@
 use std::any::Any;
 
-use crate::{DType, Result, Sequences, Tensor};
+use crate::{DType, Result, Sequences, StepOps, Tensor};
 
 /// `c = scale * op(a) op(b) (+ c)`, where `op` transposes if asked.
 #[derive(Debug, Clone, Copy)]
@@ -211,6 +211,10 @@ pub trait Ops: Send + Sync {
     }
     /// Most bytes of memory in use at once since the last `trim`, where the device counts them.
     fn peak_bytes(&self) -> Option<usize> {
+        None
+    }
+    /// Decoding steps in few operations, where the device has such.
+    fn steps(&self) -> Option<&dyn StepOps> {
         None
     }
     /// A matrix of numbers drawn evenly from -bound to bound, for measurements; the same seed gives the same ones.

@@ -9,6 +9,7 @@ mod plain;
 mod recurrence;
 mod rng;
 mod rowwise;
+mod steps;
 
 use liger_tensor::{DType, Ops, Tensor};
 
@@ -21,6 +22,7 @@ pub fn check_all(ops: &dyn Ops, tolerance: f64) {
     rowwise::check(&check);
     attention::check(&check);
     recurrence::check(&check);
+    steps::check(&check);
 }
 
 /// Draws `cases` sets of sizes, gates and splits of a text for the recurrence, and checks each as [`check_all`] does.

@@ -6,6 +6,7 @@ mod structures;
 use liger_tensor::AttentionSpec;
 
 pub(crate) use liger::{Liger, LigerActivations, LigerGradients, Projected};
+pub(crate) use structures::Form;
 pub use structures::Structure;
 
 use crate::config::ModelConfig;

@@ -124,7 +124,7 @@ pub fn write_conversations(
             break;
         }
         if position + 1 < plan.length {
-            logits = decoder.ops().download(&teacher.step(&mut state, &step)?)?;
+            logits = decoder.ops().download(teacher.step(&mut state, &step)?)?;
         }
     }
     Ok(speakers.into_iter().map(|s| s.document).collect())

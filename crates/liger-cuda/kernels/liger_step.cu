@@ -1,0 +1,266 @@
+// Liger Attention for one token of each text, from the projections to what goes into o_proj: head norms, RoPE, the cache,
+// the window, feature maps and gates, the recurrence, the mix. One block a text and key/value head; the query heads of the
+// group share its keys and its state.
+//
+// DIM: head size; GROUP: query heads of a key/value head; SLOTS: gsa's memory slots, 0 for a structure with feature maps.
+// Every state element is read and written once, by the same thread.
+
+#define THREADS 256
+#define MAP_SOFTMAX 0
+#define GATE_LOG_SIGMOID 0
+#define GATE_MEAN_LOG_SIGMOID 1
+#define GATE_MEAN_NEGATIVE_SOFTPLUS 2
+#define LOWEST_GATE (-40.0f)
+#define SLOT_DIVISOR 16.0f
+#define WIDEST (SLOTS > DIM ? SLOTS : DIM)
+
+struct StepSizes {
+    int heads, kv, texts;
+    int window, sinks, cache_rows;
+    int query_map, key_map, gate;
+    float divisor, alpha, beta, scale, rope_factor, epsilon;
+};
+
+struct StepShared {
+    float q[GROUP][DIM], k[DIM], v[DIM];      // before RoPE
+    float rope_q[GROUP][DIM];                 // after it, times the scale of scores
+    float cosine[DIM / 2], sine[DIM / 2];
+    float query[GROUP][WIDEST], key[WIDEST], decay[WIDEST];
+    float window[GROUP][DIM], out[GROUP][WIDEST];
+    float parts[THREADS * 4][GROUP];
+    float total[GROUP];
+};
+
+// Softmax or 1 - sigmoid of a row by one warp.
+template <int WIDTH> __device__ __forceinline__ void map_row(float* to, const float* from, int map) {
+    int lane = threadIdx.x & 31;
+    if (map != MAP_SOFTMAX) {
+        for (int d = lane; d < WIDTH; d += 32) to[d] = sigmoid(-from[d]);
+        return;
+    }
+    float best = NEGATIVE_INFINITY, sum = 0.0f;
+    for (int d = lane; d < WIDTH; d += 32) best = fmaxf(best, from[d]);
+    best = warp_max(best);
+    for (int d = lane; d < WIDTH; d += 32) sum += expf(from[d] - best);
+    sum = warp_sum(sum);
+    for (int d = lane; d < WIDTH; d += 32) to[d] = expf(from[d] - best) / sum;
+}
+
+__device__ __forceinline__ float decay_of(float log_gate) { return expf(fmaxf(log_gate, LOWEST_GATE)); }
+
+// Decays of the head by one warp, from the key before RoPE.
+__device__ __forceinline__ void gate_row(float* decay, const float* k, const StepSizes& s) {
+    int lane = threadIdx.x & 31;
+    float mean = 0.0f;
+    for (int d = lane; d < DIM; d += 32) mean += k[d];
+    mean = warp_sum(mean) / DIM;
+    for (int d = lane; d < DIM; d += 32) {
+        float g;
+        if (s.gate == GATE_LOG_SIGMOID) g = -softplus(-k[d]) / s.divisor;
+        else if (s.gate == GATE_MEAN_LOG_SIGMOID) g = -softplus(-mean);
+        else if (s.gate == GATE_MEAN_NEGATIVE_SOFTPLUS) g = -softplus(mean);
+        else g = -expf(k[d]);
+        decay[d] = decay_of(g);
+    }
+}
+
+// Four columns of every PARTS-th row of a state [ROWS, COLUMNS].
+template <int ROWS, int COLUMNS> struct StatePart {
+    static constexpr int ACROSS = COLUMNS / 4, PARTS = THREADS / ACROSS, COUNT = (ROWS + PARTS - 1) / PARTS;
+    float4 x[COUNT];
+
+    __device__ __forceinline__ bool is_used() const { return static_cast<int>(threadIdx.x) < ACROSS * PARTS; }
+    __device__ __forceinline__ int column() const { return threadIdx.x % ACROSS * 4; }
+    __device__ __forceinline__ int row(int i) const { return threadIdx.x / ACROSS + i * PARTS; }
+
+    __device__ __forceinline__ void load(const float* state) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            if (is_used() && row(i) < ROWS) x[i] = load4(state + row(i) * COLUMNS + column());
+        }
+    }
+
+    // S := decay S + key^T value, out [GROUP, COLUMNS] = query S. LATE: the decay is that of a column.
+    template <bool LATE>
+    __device__ __forceinline__ void step(float* state, const float (*query)[WIDEST], const float* key, const float* value,
+                                         const float* decay, float (*out)[WIDEST], float (*parts)[GROUP]) {
+        float4 acc[GROUP];
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) acc[g] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (is_used()) {
+            float4 v = load4(value + column());
+            float4 late = LATE ? load4(decay + column()) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                if (row(i) >= ROWS) break;
+                float k = key[row(i)], early = LATE ? 0.0f : decay[row(i)];
+                float4 y = make_float4((LATE ? late.x : early) * x[i].x + k * v.x, (LATE ? late.y : early) * x[i].y + k * v.y,
+                                       (LATE ? late.z : early) * x[i].z + k * v.z, (LATE ? late.w : early) * x[i].w + k * v.w);
+                store4(state + row(i) * COLUMNS + column(), y);
+#pragma unroll
+                for (int g = 0; g < GROUP; g++) {
+                    float q = query[g][row(i)];
+                    acc[g].x += q * y.x, acc[g].y += q * y.y, acc[g].z += q * y.z, acc[g].w += q * y.w;
+                }
+            }
+            // parts [PARTS, COLUMNS][GROUP]
+            int at = threadIdx.x / ACROSS * COLUMNS + column();
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                parts[at][g] = acc[g].x, parts[at + 1][g] = acc[g].y, parts[at + 2][g] = acc[g].z, parts[at + 3][g] = acc[g].w;
+            }
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < GROUP * COLUMNS; i += THREADS) {
+            int g = i % GROUP, column = i / GROUP;
+            float sum = 0.0f;
+            for (int p = 0; p < (PARTS < ROWS ? PARTS : ROWS); p++) sum += parts[p * COLUMNS + column][g];
+            out[g][column] = sum;
+        }
+        __syncthreads();
+    }
+};
+
+// Rows of the cache are as in attention.cu: the sinks, then a ring over the window.
+__device__ __forceinline__ int cache_row(const StepSizes& s, int position) {
+    return position < s.sinks ? position : s.sinks + (position - s.sinks) % s.window;
+}
+
+// RMS norm of a head by one warp (Qwen3).
+__device__ __forceinline__ void norm_head(float* x, const float* weight, float epsilon) {
+    float sum = 0.0f;
+    for (int d = threadIdx.x & 31; d < DIM; d += 32) sum += x[d] * x[d];
+    float scale = rsqrtf(warp_sum(sum) / DIM + epsilon);
+    for (int d = threadIdx.x & 31; d < DIM; d += 32) x[d] = to_float(from_float<act>(x[d] * scale * weight[d]));
+}
+
+// tokens: ids, slots and positions, `texts` each. frequencies [2, DIM / 2]: their leading and trailing parts.
+// Grid (K, texts).
+extern "C" __global__ void __launch_bounds__(THREADS)
+    liger_step(act* mixed, const act* q, const act* k, const act* v, const float* q_norm, const float* k_norm,
+               const float* frequencies, act* cached_k, act* cached_v, float* first_state, float* second_state,
+               const int* tokens, StepSizes s) {
+    extern __shared__ uint4 shared_memory[];
+    StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
+    float* scores = reinterpret_cast<float*>(&m + 1);  // [GROUP, cache_rows]
+    int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    let_later_start();
+    // The tokens and the state are older than the kernel before this one.
+    int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
+    long long place = static_cast<long long>(slot) * s.kv + head;
+#if SLOTS > 0
+    typedef StatePart<DIM, SLOTS> First;
+    typedef StatePart<SLOTS, DIM> Second;
+    first_state += place * DIM * SLOTS, second_state += place * DIM * SLOTS;
+    First first;
+    Second second;
+    first.load(first_state);
+    second.load(second_state);
+#else
+    typedef StatePart<DIM, DIM> First;
+    First first;
+    if (first_state != nullptr) {
+        first_state += place * DIM * DIM;
+        first.load(first_state);
+    }
+#endif
+    for (int i = threadIdx.x; i < DIM / 2; i += THREADS) {
+        const double turn = 6.283185307179586476925;
+        double angle = position * (static_cast<double>(frequencies[i]) + frequencies[DIM / 2 + i]);
+        float sine, cosine;
+        sincosf(static_cast<float>(angle - turn * rint(angle / turn)), &sine, &cosine);
+        m.cosine[i] = cosine * s.rope_factor, m.sine[i] = sine * s.rope_factor;
+    }
+    wait_for_earlier();
+    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
+        m.q[i / DIM][i % DIM] = to_float(q[(static_cast<long long>(text) * s.heads + head * GROUP) * DIM + i]);
+    }
+    for (int i = threadIdx.x; i < DIM; i += THREADS) {
+        long long at = (static_cast<long long>(text) * s.kv + head) * DIM + i;
+        m.k[i] = to_float(k[at]), m.v[i] = to_float(v[at]);
+    }
+    __syncthreads();
+    if (q_norm != nullptr) {
+        for (int r = warp; r <= GROUP; r += THREADS / 32) {
+            norm_head(r < GROUP ? m.q[r] : m.k, r < GROUP ? q_norm : k_norm, s.epsilon);
+        }
+        __syncthreads();
+    }
+    int own = cache_row(s, position), rows = min(position + 1, s.sinks + s.window);
+    cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
+    for (int i = threadIdx.x; i < (GROUP + 1) * DIM; i += THREADS) {
+        int r = i / DIM, d = i % DIM, half = d < DIM / 2 ? d : d - DIM / 2;
+        const float* x = r < GROUP ? m.q[r] : m.k;
+        float other = d < DIM / 2 ? -x[half + DIM / 2] : x[half];
+        float y = x[d] * m.cosine[half] + other * m.sine[half];
+        if (r < GROUP) m.rope_q[r][d] = to_float(from_float<act>(y)) * s.scale;
+        else cached_k[own * DIM + d] = from_float<act>(y), cached_v[own * DIM + d] = from_float<act>(m.v[d]);
+    }
+    // Feature maps beside it.
+    if (s.alpha != 0.0f) {
+#if SLOTS > 0
+        for (int slot_at = threadIdx.x; slot_at < SLOTS; slot_at += THREADS) {
+            int from = slot_at * DIM / SLOTS, to = ((slot_at + 1) * DIM + SLOTS - 1) / SLOTS;
+            float pooled = 0.0f;
+            for (int d = from; d < to; d++) pooled += m.k[d];
+            float g = -softplus(-pooled / (to - from)) / SLOT_DIVISOR;
+            m.decay[slot_at] = decay_of(g), m.key[slot_at] = -expm1f(g);
+        }
+        for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) m.query[i / DIM][i % DIM] = m.q[i / DIM][i % DIM];
+#else
+        for (int r = warp; r < GROUP + 2; r += THREADS / 32) {
+            if (r < GROUP) map_row<DIM>(m.query[r], m.q[r], s.query_map);
+            else if (r == GROUP) map_row<DIM>(m.key, m.k, s.key_map);
+            else gate_row(m.decay, m.k, s);
+        }
+#endif
+    }
+    __syncthreads();
+    // The window: a thread a score.
+    for (int i = threadIdx.x; i < GROUP * rows; i += THREADS) {
+        int g = i / rows, j = i % rows;
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int d = 0; d < DIM; d += 4) {
+            float4 x = load4(cached_k + j * DIM + d), y = load4(&m.rope_q[g][d]);
+            sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+        }
+        scores[g * s.cache_rows + j] = sum;
+    }
+    __syncthreads();
+    for (int g = warp; g < GROUP; g += THREADS / 32) {
+        float best = NEGATIVE_INFINITY, total = 0.0f;
+        for (int j = lane; j < rows; j += 32) best = fmaxf(best, scores[g * s.cache_rows + j]);
+        best = warp_max(best);
+        for (int j = lane; j < rows; j += 32) {
+            float p = expf(scores[g * s.cache_rows + j] - best);
+            scores[g * s.cache_rows + j] = p, total += p;
+        }
+        total = warp_sum(total);
+        if (lane == 0) m.total[g] = total;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
+        int g = i / DIM, d = i % DIM;
+        float sum = 0.0f;
+#pragma unroll 8
+        for (int j = 0; j < rows; j++) sum += scores[g * s.cache_rows + j] * to_float(cached_v[j * DIM + d]);
+        m.window[g][d] = sum / m.total[g];
+    }
+    // The recurrence.
+    if (s.alpha != 0.0f) {
+#if SLOTS > 0
+        first.step<true>(first_state, m.query, m.k, m.key, m.decay, m.out, m.parts);
+        for (int g = warp; g < GROUP; g += THREADS / 32) map_row<SLOTS>(m.query[g], m.out[g], MAP_SOFTMAX);
+        __syncthreads();
+        second.step<false>(second_state, m.query, m.key, m.v, m.decay, m.out, m.parts);
+#else
+        first.step<false>(first_state, m.query, m.key, m.v, m.decay, m.out, m.parts);
+#endif
+    }
+    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
+        int g = i / DIM, d = i % DIM;
+        float y = s.beta * m.window[g][d] + (s.alpha != 0.0f ? s.alpha * m.out[g][d] : 0.0f);
+        mixed[(static_cast<long long>(text) * s.heads + head * GROUP) * DIM + i] = from_float<act>(y);
+    }
+}

@@ -1,0 +1,280 @@
+//! Decoding steps: sizes for `kernels/few_rows.cu` and `kernels/liger_step.cu`, and their recording as a graph.
+
+use std::sync::Arc;
+
+use liger_tensor::{
+    DType, DeviceMemory, Error, Gate, KeyValueCache, LigerStep, Recording, Result, Sequences, StepForm, StepLinear,
+    StepOps, StepSpec, Tensor,
+};
+
+use crate::compile::{Source, Variant};
+use crate::driver::{Arg, Block, Gpu, Graph, Launch};
+use crate::features::{gate_words, map_word};
+use crate::{Cuda, pointer, typed};
+
+/// Rows that the largest kernel of few_rows.cu takes: four tiles of eight.
+pub(crate) const MOST_ROWS: usize = 32;
+/// Outputs of a block: `BLOCK_OUTPUTS` of the kernels.
+const BLOCK_OUTPUTS: usize = 16;
+/// Layers that one launch takes: `MOST_OUTPUTS` of the kernels.
+const MOST_LAYERS: usize = 3;
+/// Largest group of query heads: every one has four sums in registers.
+const LARGEST_GROUP: usize = 8;
+/// Largest head, and most memory slots.
+const LARGEST_HEAD: usize = 128;
+/// Elements of `StepShared.parts` a query head.
+const PARTS: usize = 1024;
+
+/// The kernel for so many rows.
+fn by_tiles(rows: usize, names: [&'static str; 3]) -> &'static str {
+    match rows.div_ceil(8) {
+        0 | 1 => names[0],
+        2 => names[1],
+        _ => names[2],
+    }
+}
+
+/// Addresses of one layer; `bias` may be 0.
+#[derive(Clone, Copy, Default)]
+struct Layer {
+    y: u64,
+    w: u64,
+    bias: u64,
+    outputs: usize,
+}
+
+/// `y [rows, outputs] = x [rows, inputs] w^T` for up to three layers. Fails where few_rows.cu does not take the sizes.
+#[allow(clippy::too_many_arguments)]
+fn linears(
+    cuda: &Cuda,
+    layers: &[Layer],
+    x: &Tensor,
+    norm: Option<(&Tensor, f32)>,
+    add: bool,
+    wide: bool,
+    ahead: bool,
+) -> Result<()> {
+    const NAME: &str = "linears";
+    let (rows, inputs) = matrix(x);
+    check(x, rows, inputs)?;
+    let mut args = Vec::new();
+    let at = |i: usize| layers.get(i).copied().unwrap_or_default();
+    args.extend((0..MOST_LAYERS).map(|i| Arg::Pointer(at(i).y)));
+    args.extend((0..MOST_LAYERS).map(|i| Arg::Pointer(at(i).w)));
+    args.extend((0..MOST_LAYERS).map(|i| Arg::Pointer(at(i).bias)));
+    args.push(cuda.act(NAME, x)?);
+    args.push(norm_pointer(NAME, norm)?);
+    let outputs: Vec<usize> = (0..MOST_LAYERS).map(|i| at(i).outputs).collect();
+    let words = words(rows, inputs, &outputs, norm, layers.len(), add, wide);
+    args.push(Arg::Words(&words));
+    let blocks: usize = outputs.iter().map(|n| n.div_ceil(BLOCK_OUTPUTS)).sum();
+    let name = by_tiles(rows, ["linears_1", "linears_2", "linears_4"]);
+    cuda.launch((Source::FewRows, name), Launch { ahead, ..few_rows_launch(blocks) }, &args)
+}
+
+/// One layer, as a product of `Ops::gemm`.
+pub(crate) fn linear(cuda: &Cuda, y: &Tensor, x: &Tensor, w: &Tensor, add: bool) -> Result<()> {
+    let (y_at, w_at) = (pointer("gemm", y)?, typed("gemm", w, DType::Bf16)?);
+    let layer = Layer { y: y_at, w: w_at, bias: 0, outputs: w.dim(0) };
+    // `w` may be what the kernel before writes: not ahead of it.
+    linears(cuda, &[layer], x, None, add, y.dtype() == DType::F32, false)
+}
+
+/// Whether [`linear`] takes these sizes.
+pub(crate) fn takes_linear(activations: DType, x: &Tensor, w: &Tensor) -> bool {
+    let (rows, inputs) = matrix(x);
+    let types = [activations, x.dtype(), w.dtype()].iter().all(|&t| t == DType::Bf16);
+    types && rows <= MOST_ROWS && inputs.is_multiple_of(8)
+}
+
+fn matrix(x: &Tensor) -> (usize, usize) {
+    (x.dim(0), x.len() / x.dim(0).max(1))
+}
+
+fn check(x: &Tensor, rows: usize, inputs: usize) -> Result<()> {
+    if rows <= MOST_ROWS && inputs.is_multiple_of(8) {
+        return Ok(());
+    }
+    let expected = format!("at most {MOST_ROWS} rows of a multiple of 8");
+    Err(Error::Shape { operation: "linears", found: x.shape().to_vec(), expected })
+}
+
+fn norm_pointer(operation: &'static str, norm: Option<(&Tensor, f32)>) -> Result<Arg<'static>> {
+    norm.map_or(Ok(Arg::Pointer(0)), |(weight, _)| typed(operation, weight, DType::F32).map(Arg::Pointer))
+}
+
+/// `FewRows` of the kernels.
+fn words(
+    rows: usize,
+    inputs: usize,
+    outputs: &[usize],
+    norm: Option<(&Tensor, f32)>,
+    parts: usize,
+    add: bool,
+    wide: bool,
+) -> [i32; 9] {
+    let output = |i: usize| outputs.get(i).map_or(0, |&n| n as i32);
+    let epsilon = norm.map_or(0.0, |(_, epsilon)| epsilon).to_bits() as i32;
+    let [add, wide] = [add, wide].map(i32::from);
+    [rows as i32, inputs as i32, parts as i32, output(0), output(1), output(2), epsilon, add, wide]
+}
+
+fn few_rows_launch(blocks: usize) -> Launch {
+    Launch { grid: (blocks as u32, 1, 1), block: (256, 1), ahead: true, ..Launch::default() }
+}
+
+/// Bytes of shared memory: `StepShared` of liger_step.cu, and the scores.
+fn shared_bytes(spec: &StepSpec, cache_rows: usize) -> usize {
+    let (group, dim) = (spec.heads / spec.kv_heads, spec.head_dim);
+    let widest = slots(spec).max(dim);
+    let rows_of_heads = 3 * dim + 2 * widest + PARTS + 1 + cache_rows;
+    // The structure ends at a multiple of 16 bytes.
+    4 * (group * rows_of_heads + 3 * dim + 2 * widest) + 16
+}
+
+fn slots(spec: &StepSpec) -> usize {
+    if let StepForm::Slots(slots) = spec.form { slots } else { 0 }
+}
+
+struct StepGraph {
+    gpu: Arc<Gpu>,
+    graph: Graph,
+}
+
+impl Recording for StepGraph {
+    fn replay(&self) -> Result<()> {
+        self.gpu.replay(&self.graph)
+    }
+}
+
+fn block<'a>(operation: &'static str, tokens: &'a dyn DeviceMemory) -> Result<&'a Block> {
+    let other = Error::Storage { operation, found: "memory of another device", expected: "the GPU's" };
+    tokens.as_any().downcast_ref::<Block>().ok_or(other)
+}
+
+impl StepOps for Cuda {
+    fn most_texts(&self) -> usize {
+        MOST_ROWS
+    }
+
+    fn takes(&self, spec: &StepSpec, cache: &KeyValueCache) -> bool {
+        let (dim, slots) = (spec.head_dim, slots(spec));
+        let sizes = dim.is_multiple_of(4) && dim <= LARGEST_HEAD && slots.is_multiple_of(4) && slots <= LARGEST_HEAD;
+        let room = shared_bytes(spec, cache.keys.dim(2)) <= self.gpu.largest_shared;
+        sizes && room && cache.spec.window.is_some() && spec.heads <= LARGEST_GROUP * spec.kv_heads
+    }
+
+    fn tokens(&self, texts: usize) -> Result<Box<dyn DeviceMemory>> {
+        Ok(Box::new(self.gpu.allocate(3 * texts * 4)?))
+    }
+
+    fn place(&self, tokens: &dyn DeviceMemory, ids: &[u32], sequences: &Sequences) -> Result<()> {
+        let list = sequences.list();
+        let mut words: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
+        words.extend(list.iter().map(|s| s.slot as i32));
+        words.extend(list.iter().map(|s| s.position as i32));
+        self.gpu.write(block("place", tokens)?, &words)
+    }
+
+    fn embedding(&self, out: &mut Tensor, table: &Tensor, tokens: &dyn DeviceMemory) -> Result<()> {
+        let ids = block("embedding", tokens)?;
+        crate::elementwise::embedding_rows(self, out, table, ids)
+    }
+
+    fn linears(
+        &self,
+        layers: &mut [StepLinear<'_>],
+        x: &Tensor,
+        norm: Option<(&Tensor, f32)>,
+        add: bool,
+    ) -> Result<()> {
+        const NAME: &str = "linears";
+        let wide = layers.iter().any(|l| l.out.dtype() == DType::F32);
+        let mut list = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let outputs = layer.weight.dim(0);
+            if layer.out.len() != x.dim(0) * outputs || layer.weight.len() * x.dim(0) != outputs * x.len() {
+                let expected = format!("[{}, {outputs}]", x.dim(0));
+                return Err(Error::Shape { operation: NAME, found: layer.out.shape().to_vec(), expected });
+            }
+            let bias = layer.bias.map_or(Ok(0), |bias| typed(NAME, bias, DType::F32))?;
+            let dtype = if wide { DType::F32 } else { self.activations };
+            let (y, w) = (typed(NAME, layer.out, dtype)?, typed(NAME, layer.weight, DType::Bf16)?);
+            list.push(Layer { y, w, bias, outputs });
+        }
+        linears(self, &list, x, norm, add, wide, true)
+    }
+
+    fn swiglu(&self, out: &mut Tensor, x: &Tensor, norm: (&Tensor, f32), gate: &Tensor, up: &Tensor) -> Result<()> {
+        const NAME: &str = "swiglu";
+        let ((rows, inputs), outputs) = (matrix(x), gate.dim(0));
+        check(x, rows, inputs)?;
+        if out.len() != rows * outputs || gate.len() != outputs * inputs || up.len() != gate.len() {
+            let expected = format!("[{rows}, {outputs}]");
+            return Err(Error::Shape { operation: NAME, found: out.shape().to_vec(), expected });
+        }
+        let words = words(rows, inputs, &[outputs], Some(norm), 1, false, false);
+        let args = [
+            self.act(NAME, out)?,
+            Arg::Pointer(typed(NAME, gate, DType::Bf16)?),
+            Arg::Pointer(typed(NAME, up, DType::Bf16)?),
+            self.act(NAME, x)?,
+            norm_pointer(NAME, Some(norm))?,
+            Arg::Words(&words),
+        ];
+        let name = by_tiles(rows, ["swiglu_1", "swiglu_2", "swiglu_4"]);
+        self.launch((Source::FewRows, name), few_rows_launch(outputs.div_ceil(BLOCK_OUTPUTS)), &args)
+    }
+
+    fn liger(&self, mixed: &mut Tensor, step: LigerStep<'_>, tokens: &dyn DeviceMemory) -> Result<()> {
+        const NAME: &str = "liger_step";
+        let LigerStep { spec, qkv, head_norms, frequencies, cache, states } = step;
+        let texts = mixed.dim(0);
+        let cache_rows = cache.keys.dim(2);
+        let window = cache.spec.window.unwrap_or(cache_rows);
+        let (maps, gate) = match spec.form {
+            StepForm::Features(f) => ([map_word(f.query), map_word(f.key)], gate_words(f.gate)),
+            StepForm::Slots(_) | StepForm::Off => ([0; 2], gate_words(Gate::NegativeExp)),
+        };
+        let alpha = if spec.form == StepForm::Off { 0.0 } else { spec.alpha };
+        let float = |x: f32| x.to_bits() as i32;
+        let [heads, kv, n, window, sinks, rows] =
+            [spec.heads, spec.kv_heads, texts, window, cache.spec.sinks, cache_rows].map(|x| x as i32);
+        let scale = 1.0 / (spec.head_dim as f32).sqrt();
+        let [divisor, alpha, beta, scale, factor, epsilon] =
+            [gate.1, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
+        let words =
+            [heads, kv, n, window, sinks, rows, maps[0], maps[1], gate.0, divisor, alpha, beta, scale, factor, epsilon];
+        let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
+        let norm = |i: usize| head_norms.map_or(Ok(Arg::Pointer(0)), |norms| self.f32(NAME, norms[i]));
+        let args = [
+            self.act(NAME, mixed)?,
+            self.act(NAME, qkv[0])?,
+            self.act(NAME, qkv[1])?,
+            self.act(NAME, qkv[2])?,
+            norm(0)?,
+            norm(1)?,
+            self.f32(NAME, frequencies)?,
+            self.act(NAME, &cache.keys)?,
+            self.act(NAME, &cache.values)?,
+            state(0)?,
+            state(1)?,
+            Arg::Pointer(block(NAME, tokens)?.pointer),
+            Arg::Words(&words),
+        ];
+        let sizes = [spec.head_dim, spec.heads / spec.kv_heads, slots(&spec), 0, 0];
+        let launch = Launch {
+            grid: (spec.kv_heads as u32, texts as u32, 1),
+            block: (256, 1),
+            shared: shared_bytes(&spec, cache_rows),
+            ahead: true,
+        };
+        let variant = Variant { activations: self.activations, sizes };
+        self.gpu.launch((Source::LigerStep, NAME), variant, launch, &args)
+    }
+
+    fn record(&self, run: &mut dyn FnMut() -> Result<()>) -> Result<Option<Box<dyn Recording>>> {
+        let graph = self.gpu.record(run)?;
+        Ok(graph.map(|graph| Box::new(StepGraph { gpu: self.gpu.clone(), graph }) as Box<dyn Recording>))
+    }
+}
