@@ -13,6 +13,8 @@
 #define LOWEST_GATE (-40.0f)
 #define SLOT_DIVISOR 16.0f
 #define WIDEST (SLOTS > DIM ? SLOTS : DIM)
+// Leading dimension of keys and values in shared memory: rows begin in different banks.
+#define ROW (DIM + 8)
 
 struct StepSizes {
     int heads, kv, texts;
@@ -126,6 +128,15 @@ __device__ __forceinline__ int cache_row(const StepSizes& s, int position) {
     return position < s.sinks ? position : s.sinks + (position - s.sinks) % s.window;
 }
 
+// Rows of one head of a cache into shared memory, without waiting for them.
+__device__ __forceinline__ void fetch_rows(act* to, const act* from, int rows) {
+    constexpr int PER_ROW = DIM / 8;
+    for (int i = threadIdx.x; i < rows * PER_ROW; i += THREADS) {
+        u32 at = static_cast<u32>(__cvta_generic_to_shared(to + i / PER_ROW * ROW + i % PER_ROW * 8));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from + i * 8) : "memory");
+    }
+}
+
 // RMS norm of a head by one warp (Qwen3).
 __device__ __forceinline__ void norm_head(float* x, const float* weight, float epsilon) {
     float sum = 0.0f;
@@ -134,6 +145,7 @@ __device__ __forceinline__ void norm_head(float* x, const float* weight, float e
     for (int d = threadIdx.x & 31; d < DIM; d += 32) x[d] = to_float(from_float<act>(x[d] * scale * weight[d]));
 }
 
+#ifdef ACT_BF16
 // tokens: ids, slots and positions, `texts` each. frequencies [2, DIM / 2]: their leading and trailing parts.
 // Grid (K, texts).
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -142,12 +154,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                const int* tokens, StepSizes s) {
     extern __shared__ uint4 shared_memory[];
     StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
-    float* scores = reinterpret_cast<float*>(&m + 1);  // [GROUP, cache_rows]
+    float* scores = reinterpret_cast<float*>(&m + 1);                              // [GROUP, cache_rows]
+    act* keys = reinterpret_cast<act*>(scores + (GROUP * s.cache_rows + 3) / 4 * 4);  // [cache_rows, ROW]
+    act* values = keys + s.cache_rows * ROW;
     int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     let_later_start();
-    // The tokens and the state are older than the kernel before this one.
+    // Tokens, cache and state are older than the kernel before this one.
     int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
     long long place = static_cast<long long>(slot) * s.kv + head;
+    int own = cache_row(s, position), rows = min(position + 1, s.sinks + s.window);
+    cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
+    fetch_rows(keys, cached_k, rows);
+    fetch_rows(values, cached_v, rows);
 #if SLOTS > 0
     typedef StatePart<DIM, SLOTS> First;
     typedef StatePart<SLOTS, DIM> Second;
@@ -168,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const double turn = 6.283185307179586476925;
         double angle = position * (static_cast<double>(frequencies[i]) + frequencies[DIM / 2 + i]);
         float sine, cosine;
-        sincosf(static_cast<float>(angle - turn * rint(angle / turn)), &sine, &cosine);
+        sincosf(static_cast<float>(angle - turn * rint(angle * (1.0 / turn))), &sine, &cosine);
         m.cosine[i] = cosine * s.rope_factor, m.sine[i] = sine * s.rope_factor;
     }
     wait_for_earlier();
@@ -179,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         long long at = (static_cast<long long>(text) * s.kv + head) * DIM + i;
         m.k[i] = to_float(k[at]), m.v[i] = to_float(v[at]);
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     if (q_norm != nullptr) {
         for (int r = warp; r <= GROUP; r += THREADS / 32) {
@@ -186,15 +205,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
     }
-    int own = cache_row(s, position), rows = min(position + 1, s.sinks + s.window);
-    cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
     for (int i = threadIdx.x; i < (GROUP + 1) * DIM; i += THREADS) {
         int r = i / DIM, d = i % DIM, half = d < DIM / 2 ? d : d - DIM / 2;
         const float* x = r < GROUP ? m.q[r] : m.k;
         float other = d < DIM / 2 ? -x[half + DIM / 2] : x[half];
         float y = x[d] * m.cosine[half] + other * m.sine[half];
         if (r < GROUP) m.rope_q[r][d] = to_float(from_float<act>(y)) * s.scale;
-        else cached_k[own * DIM + d] = from_float<act>(y), cached_v[own * DIM + d] = from_float<act>(m.v[d]);
+        else {
+            act new_key = from_float<act>(y), new_value = from_float<act>(m.v[d]);
+            keys[own * ROW + d] = cached_k[own * DIM + d] = new_key;
+            values[own * ROW + d] = cached_v[own * DIM + d] = new_value;
+        }
     }
     // Feature maps beside it.
     if (s.alpha != 0.0f) {
@@ -222,7 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float sum = 0.0f;
 #pragma unroll 4
         for (int d = 0; d < DIM; d += 4) {
-            float4 x = load4(cached_k + j * DIM + d), y = load4(&m.rope_q[g][d]);
+            float4 x = load4(keys + j * ROW + d), y = load4(&m.rope_q[g][d]);
             sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
         }
         scores[g * s.cache_rows + j] = sum;
@@ -244,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         int g = i / DIM, d = i % DIM;
         float sum = 0.0f;
 #pragma unroll 8
-        for (int j = 0; j < rows; j++) sum += scores[g * s.cache_rows + j] * to_float(cached_v[j * DIM + d]);
+        for (int j = 0; j < rows; j++) sum += scores[g * s.cache_rows + j] * to_float(values[j * ROW + d]);
         m.window[g][d] = sum / m.total[g];
     }
     // The recurrence.
@@ -264,3 +285,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         mixed[(static_cast<long long>(text) * s.heads + head * GROUP) * DIM + i] = from_float<act>(y);
     }
 }
+#endif

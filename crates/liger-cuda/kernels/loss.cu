@@ -15,29 +15,21 @@ __device__ __forceinline__ float log_sum_exp(const act* row, int vocabulary) {
     return all + logf(sum);
 }
 
-// Index of the largest of a row, the last of equals.
-extern "C" __global__ void argmax(u32* found, const act* logits, int vocabulary) {
-    __shared__ float values[32];
-    __shared__ int places[32];
-    const act* row = logits + static_cast<long long>(blockIdx.x) * vocabulary;
-    float best = NEGATIVE_INFINITY;
-    int place = 0;
-    for (int i = threadIdx.x; i < vocabulary; i += blockDim.x) {
-        float x = to_float(row[i]);
-        if (x >= best) best = x, place = i;
+// Index of the largest of a row, the last of equals, in the lower half of `found`, which must be 0 before. Grid (shares, rows).
+extern "C" __global__ void argmax(u64* found, const act* logits, int vocabulary) {
+    const act* row = logits + static_cast<long long>(blockIdx.y) * vocabulary;
+    u64 best = 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocabulary; i += gridDim.x * blockDim.x) {
+        // As an integer that is ordered as the number is.
+        u32 bits = __float_as_uint(to_float(row[i]));
+        u64 key = static_cast<u64>(bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u)) << 32 | static_cast<u32>(i);
+        best = key > best ? key : best;
     }
     for (int offset = 16; offset > 0; offset >>= 1) {
-        float x = __shfl_xor_sync(0xffffffffu, best, offset);
-        int i = __shfl_xor_sync(0xffffffffu, place, offset);
-        if (x > best || (x == best && i > place)) best = x, place = i;
+        u64 other = __shfl_xor_sync(0xffffffffu, best, offset);
+        best = other > best ? other : best;
     }
-    if ((threadIdx.x & 31) == 0) values[threadIdx.x >> 5] = best, places[threadIdx.x >> 5] = place;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (int w = 1; w < static_cast<int>(blockDim.x >> 5); w++) {
-        if (values[w] > best || (values[w] == best && places[w] > place)) best = values[w], place = places[w];
-    }
-    found[blockIdx.x] = place;
+    if ((threadIdx.x & 31) == 0) atomicMax(found + blockIdx.y, best);
 }
 
 // label < 0: loss 0. With `has_scale`, logits become scale (softmax - onehot).

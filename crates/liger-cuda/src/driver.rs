@@ -62,6 +62,8 @@ pub(crate) struct Gpu {
     pub(crate) arch: String,
     driver_version: i32,
     pub(crate) largest_shared: usize,
+    /// Multiprocessors.
+    pub(crate) processors: usize,
     /// Kernels can be started ahead of time.
     starts_ahead: bool,
     kernels: Mutex<Kernels>,
@@ -177,6 +179,7 @@ impl Gpu {
             return Err(format!("{name} has compute capability {major}.{minor}; 8.0 (Ampere) or later is needed"));
         }
         let largest_shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
+        let processors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let mut driver_version = 0;
         // SAFETY: writes one integer.
         unsafe { sys::cuDriverGetVersion(&mut driver_version) }.result().map_err(text)?;
@@ -195,6 +198,7 @@ impl Gpu {
             arch,
             driver_version,
             largest_shared,
+            processors,
             starts_ahead: major >= 9,
             kernels,
             pool,

@@ -58,11 +58,13 @@ pub(crate) fn kl_divergence(
 
 pub(crate) fn argmax(cuda: &Cuda, logits: &Tensor) -> Result<Vec<u32>> {
     let (vocabulary, rows) = rows_of(logits);
-    let found = cuda.gpu.allocate(rows * 4)?;
+    let found = cuda.gpu.allocate(rows * 8)?;
+    cuda.gpu.clear(found.pointer, rows * 8)?;
     let args = [Arg::Pointer(found.pointer), Arg::Pointer(pointer("argmax", logits)?), int(vocabulary)];
-    let launch = Launch { grid: (rows as u32, 1, 1), block: (1024, 1), ..Launch::default() };
+    let shares = vocabulary.div_ceil(4096) as u32;
+    let launch = Launch { grid: (shares, rows as u32, 1), block: (256, 1), ..Launch::default() };
     cuda.gpu.launch((Source::Loss, "argmax"), Variant::of(logits.dtype()), launch, &args)?;
-    cuda.gpu.read(found.pointer, rows)
+    Ok(cuda.gpu.read::<u64>(found.pointer, rows)?.into_iter().map(|key| key as u32).collect())
 }
 
 /// All parts are read back at once: one wait, however many tensors.

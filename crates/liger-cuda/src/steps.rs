@@ -67,8 +67,14 @@ fn linears(
     let outputs: Vec<usize> = (0..MOST_LAYERS).map(|i| at(i).outputs).collect();
     let words = words(rows, inputs, &outputs, norm, layers.len(), add, wide);
     args.push(Arg::Words(&words));
-    let blocks: usize = outputs.iter().map(|n| n.div_ceil(BLOCK_OUTPUTS)).sum();
-    let name = by_tiles(rows, ["linears_1", "linears_2", "linears_4"]);
+    // Two groups of outputs a block read x half as often, where enough blocks are left for every processor.
+    let blocks = |groups: usize| -> usize { outputs.iter().map(|n| n.div_ceil(groups * BLOCK_OUTPUTS)).sum() };
+    let (blocks, name) = match blocks(2) {
+        blocks if blocks >= cuda.gpu.processors => {
+            (blocks, by_tiles(rows, ["linears_1_2", "linears_2_2", "linears_4_2"]))
+        }
+        _ => (blocks(1), by_tiles(rows, ["linears_1_1", "linears_2_1", "linears_4_1"])),
+    };
     cuda.launch((Source::FewRows, name), Launch { ahead, ..few_rows_launch(blocks) }, &args)
 }
 
@@ -123,13 +129,14 @@ fn few_rows_launch(blocks: usize) -> Launch {
     Launch { grid: (blocks as u32, 1, 1), block: (256, 1), ahead: true, ..Launch::default() }
 }
 
-/// Bytes of shared memory: `StepShared` of liger_step.cu, and the scores.
+/// Bytes of shared memory: `StepShared` of liger_step.cu, scores, keys and values.
 fn shared_bytes(spec: &StepSpec, cache_rows: usize) -> usize {
     let (group, dim) = (spec.heads / spec.kv_heads, spec.head_dim);
     let widest = slots(spec).max(dim);
-    let rows_of_heads = 3 * dim + 2 * widest + PARTS + 1 + cache_rows;
-    // The structure ends at a multiple of 16 bytes.
-    4 * (group * rows_of_heads + 3 * dim + 2 * widest) + 16
+    let of_a_head = 3 * dim + 2 * widest + PARTS + 1 + cache_rows;
+    let keys_and_values = 2 * cache_rows * (dim + 8) * 2;
+    // Structure and scores end at multiples of 16 bytes.
+    4 * (group * of_a_head + 3 * dim + 2 * widest) + 32 + keys_and_values
 }
 
 fn slots(spec: &StepSpec) -> usize {
@@ -159,7 +166,7 @@ impl StepOps for Cuda {
 
     fn takes(&self, spec: &StepSpec, cache: &KeyValueCache) -> bool {
         let (dim, slots) = (spec.head_dim, slots(spec));
-        let sizes = dim.is_multiple_of(4) && dim <= LARGEST_HEAD && slots.is_multiple_of(4) && slots <= LARGEST_HEAD;
+        let sizes = dim.is_multiple_of(8) && dim <= LARGEST_HEAD && slots.is_multiple_of(4) && slots <= LARGEST_HEAD;
         let room = shared_bytes(spec, cache.keys.dim(2)) <= self.gpu.largest_shared;
         sizes && room && cache.spec.window.is_some() && spec.heads <= LARGEST_GROUP * spec.kv_heads
     }

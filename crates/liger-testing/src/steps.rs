@@ -26,7 +26,7 @@ pub(crate) fn check(c: &Check<'_>) {
         liger(c, steps, (2, 3, 64), form, 4);
     }
     liger(c, steps, (1, 4, 128), gla, 0);
-    liger(c, steps, (2, 1, 60), gla, 4);
+    liger(c, steps, (2, 1, 24), gla, 4);
     liger(c, steps, (2, 8, 16), rwkv6, 1);
     liger(c, steps, (2, 3, 64), StepForm::Slots(64), 4);
     liger(c, steps, (1, 2, 32), StepForm::Slots(16), 0);
