@@ -28,7 +28,7 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks::row_range;
 use liger_tensor::{
-    AdamwStep, AttentionSpec, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
+    AdamwParameter, AdamwStep, AttentionSpec, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
     RecurrenceGradients, Result, Sequences, Storage, Tensor,
 };
 
@@ -188,6 +188,7 @@ impl Ops for Cpu {
         sequences: &Sequences,
         spec: AttentionSpec,
         cache: Option<&mut KeyValueCache>,
+        _statistics: Option<&mut Tensor>,
     ) -> Result<()> {
         attention::forward(out, q, k, v, sequences, spec, cache)
     }
@@ -201,6 +202,7 @@ impl Ops for Cpu {
         k: &Tensor,
         v: &Tensor,
         _out: &Tensor,
+        _statistics: Option<&Tensor>,
         dout: &Tensor,
         sequences: &Sequences,
         spec: AttentionSpec,
@@ -289,14 +291,7 @@ impl Ops for Cpu {
         loss::sum_of_squares(tensors)
     }
 
-    fn adamw(
-        &self,
-        parameter: &mut Tensor,
-        gradient: &Tensor,
-        first_moment: &mut Tensor,
-        second_moment: &mut Tensor,
-        step: AdamwStep,
-    ) -> Result<()> {
-        loss::adamw(parameter, gradient, first_moment, second_moment, step)
+    fn adamw(&self, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()> {
+        parameters.iter_mut().try_for_each(|parameter| loss::adamw(parameter, step))
     }
 }

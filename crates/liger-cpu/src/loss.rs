@@ -1,7 +1,7 @@
 //! Cross-entropy and KL divergence over rows of logits, each row's gradient written over its logits.
 
 use liger_tensor::checks::{logit_rows, same_length};
-use liger_tensor::{AdamwStep, Error, Result, Tensor};
+use liger_tensor::{AdamwParameter, AdamwStep, Error, Result, Tensor};
 
 use crate::elementwise::log_sum_exp;
 use crate::math::exp;
@@ -97,22 +97,17 @@ pub(crate) fn sum_of_squares(tensors: &[&Tensor]) -> Result<f64> {
     Ok(sum)
 }
 
-pub(crate) fn adamw(
-    parameter: &mut Tensor,
-    gradient: &Tensor,
-    first: &mut Tensor,
-    second: &mut Tensor,
-    step: AdamwStep,
-) -> Result<()> {
-    for other in [gradient, &*first, &*second] {
-        same_length("adamw", parameter, other)?;
+pub(crate) fn adamw(tensors: &mut AdamwParameter<'_>, step: AdamwStep) -> Result<()> {
+    let AdamwParameter { value, gradient, first_moment: first, second_moment: second } = tensors;
+    for other in [gradient, &**first, &**second] {
+        same_length("adamw", value, other)?;
     }
     let AdamwStep { learning_rate, beta1, beta2, epsilon, weight_decay, gradient_scale, .. } = step;
     let correction = |beta: f32| (1.0 - f64::from(beta).powf(step.step as f64)) as f32;
     let (first_scale, second_scale) = (1.0 / correction(beta1), 1.0 / correction(beta2));
     let (gradient, first, second) =
         (gradient.as_f32()?, Disjoint::new(first.as_f32_mut()?), Disjoint::new(second.as_f32_mut()?));
-    for_rows(parameter.as_f32_mut()?, 1, |start, parameter| {
+    for_rows(value.as_f32_mut()?, 1, |start, parameter| {
         let gradient = &gradient[start..start + parameter.len()];
         // SAFETY: the moments are cut at the places where `parameter` is.
         let (first, second) = unsafe { (first.slice(start, parameter.len()), second.slice(start, parameter.len())) };

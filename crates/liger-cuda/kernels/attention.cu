@@ -1,14 +1,21 @@
 // Softmax attention over everything before, or over a window and the first tokens of the text ("sinks").
 //
 // One block takes 64 rows, that is tokens times the query heads of one key/value head, and walks over the keys that any
-// of them sees, KEYS at a time, with a running maximum and sum. The backward has one kernel over rows (dq) and one over
+// of them sees, FORWARD_KEYS at a time (a window of 64 and four sinks in one go), with a running maximum and sum. The backward has one kernel over rows (dq) and one over
 // keys (dk, dv), so that every element is written by one block and the result does not depend on timing.
 
 // DIM and GROUP (query heads of a key/value head) are fixed when the kernels are compiled.
 #define ROWS 64
 #define KEYS 64
+#define FORWARD_KEYS 96
 #define QUERIES 32
 #define THREADS 128
+// Blocks that share a multiprocessor where 128 registers a thread are enough.
+#if defined(ACT_BF16) && DIM <= 64 && __CUDA_ARCH__ >= 900
+#define BLOCKS 4
+#else
+#define BLOCKS 1
+#endif
 #define WIDTH ((DIM + 15) / 16 * 16)
 #define LD (WIDTH + PAD)
 #define TOKENS (ROWS / GROUP)
@@ -78,7 +85,7 @@ template <int N> __device__ __forceinline__ void set_zero(float (&c)[N][4]) {
 
 // out [N, H, D]; lse [N, H] (may be null): log of the sum of exponentials. A warp has 16 rows, whose scores and sums stay in
 // its registers. Grid (blocks, K).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_forward(act* out, float* lse, const act* q, const act* k, const act* v, const act* cached_k,
                       const act* cached_v, const BlockInfo* blocks, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
@@ -87,13 +94,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Visible visible(s, s.cache_rows > 0 ? 0 : b.position, from, from + tokens);
     Carver carve;
     elem* qt = carve.tile(ROWS, WIDTH);
-    elem* kt = carve.tile(KEYS, WIDTH);
-    elem* vt = carve.tile(KEYS, WIDTH);
+    elem* kt = carve.tile(FORWARD_KEYS, WIDTH);
+    elem* vt = carve.tile(FORWARD_KEYS, WIDTH);
     load_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
     int group = LANE >> 2, quad = LANE & 3, rows[2] = {WARP * 16 + group, WARP * 16 + group + 8};
     float best[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0.0f, 0.0f}, acc[WIDTH / 8][4];
     set_zero(acc);
-    for (int first = 0; first < visible.count; first += KEYS) {
+    for (int first = 0; first < visible.count; first += FORWARD_KEYS) {
         __syncthreads();
         auto key_row = [&](const act* fresh, const act* cached, int j) -> const act* {
             if (first + j >= visible.count) return nullptr;
@@ -101,15 +108,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (t >= 0) return fresh + (static_cast<long long>(b.start + t) * s.kv + head) * DIM;
             return cached + ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * DIM;
         };
-        load_tile<KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, cached_k, j); });
-        load_tile<KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
+        load_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, cached_k, j); });
+        load_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
         __syncthreads();
-        float scores[KEYS / 8][4];
+        float scores[FORWARD_KEYS / 8][4];
         set_zero(scores);
         product<WIDTH, false, true>(scores, qt, LD, WARP * 16, kt, LD, 0);
         float top[2] = {best[0], best[1]}, shrink[2], added[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
+        for (int n = 0; n < FORWARD_KEYS / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int j = first + 8 * n + 2 * quad + (i & 1);
@@ -125,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             best[i] = top[i];
         }
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
+        for (int n = 0; n < FORWARD_KEYS / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float p = top[i >> 1] == NEGATIVE_INFINITY ? 0.0f : __expf(scores[n][i] - top[i >> 1]);
@@ -169,7 +176,7 @@ extern "C" __global__ void attention_inner(float* inner, const act* out, const a
 
 // dq, and what the rows of each block give to the gradients of the sinks: parts [blocks, K, 2, 16, D] (dk, dv), if there are
 // sinks; at most 16. Grid (blocks, K).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_backward_rows(act* dq, float* parts, const act* q, const act* k, const act* v, const act* dout,
                             const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];

@@ -84,47 +84,44 @@ __device__ __forceinline__ void few_rows(const Outputs (&groups)[GROUPS], const 
     }
     x += group * s.inputs + quad * 8;
     float c[GROUPS][TILES][4] = {}, squares[(TILES + 1) / 2][4] = {};
-    bool waited = false;
-    for (int base = warp * 32; base < s.inputs; base += AHEAD * STRIDE) {
-        Eight upper[AHEAD][GROUPS], lower[AHEAD][GROUPS];
+    Eight upper[AHEAD][GROUPS], lower[AHEAD][GROUPS], row[AHEAD][TILES];
+    auto load_w = [&](int a, int k) {
 #pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            int k = base + a * STRIDE;
-#pragma unroll
-            for (int m = 0; m < GROUPS; m++) {
-                upper[a][m] = lower[a][m] = nothing;
-                if (k + quad * 8 >= s.inputs) continue;
-                upper[a][m] = load_weights(own[m] + k);
-                lower[a][m] = load_weights(own[m] + k + below[m]);
-            }
+        for (int m = 0; m < GROUPS; m++) {
+            upper[a][m] = lower[a][m] = nothing;
+            if (k + quad * 8 >= s.inputs) continue;
+            upper[a][m] = load_weights(own[m] + k);
+            lower[a][m] = load_weights(own[m] + k + below[m]);
         }
-        // The first weights are under way before the step's earlier kernels are done.
-        if (!waited) wait_for_earlier();
-        waited = true;
+    };
+    auto load_x = [&](int a, int k) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            row[a][t] = nothing;
+            if (k + quad * 8 < s.inputs && 8 * t + group < s.rows) row[a][t] = load_eight(x + 8 * t * s.inputs + k);
+        }
+    };
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) load_w(a, warp * 32 + a * STRIDE), load_x(a, warp * 32 + a * STRIDE);
+    for (int base = warp * 32; base < s.inputs; base += AHEAD * STRIDE) {
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             int k = base + a * STRIDE;
-            bool inside = k + quad * 8 < s.inputs;
-            Eight row[TILES];
-#pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                row[t] = nothing;
-                if (inside && 8 * t + group < s.rows) row[t] = load_eight(x + 8 * t * s.inputs + k);
-            }
 #pragma unroll
             for (int t = 0; t < TILES; t++) {
                 if (norm != nullptr) {
                     // x x^T, whose diagonal are the squares: of even tiles in the upper half, of odd ones in the lower.
-                    if (t % 2 == 0) multiply(squares[t / 2], row[t], nothing, row[t]);
-                    else multiply(squares[t / 2], nothing, row[t], row[t]);
-                    if (inside) normalize(row[t], norm + quad * 8 + k);
+                    if (t % 2 == 0) multiply(squares[t / 2], row[a][t], nothing, row[a][t]);
+                    else multiply(squares[t / 2], nothing, row[a][t], row[a][t]);
+                    if (k + quad * 8 < s.inputs) normalize(row[a][t], norm + quad * 8 + k);
                 }
 #pragma unroll
-                for (int m = 0; m < GROUPS; m++) multiply(c[m][t], upper[a][m], lower[a][m], row[t]);
+                for (int m = 0; m < GROUPS; m++) multiply(c[m][t], upper[a][m], lower[a][m], row[a][t]);
             }
+            load_w(a, k + AHEAD * STRIDE);
+            load_x(a, k + AHEAD * STRIDE);
         }
     }
-    if (!waited) wait_for_earlier();
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
 #pragma unroll
@@ -164,7 +161,6 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
                                         const float* const (&bias)[MOST_OUTPUTS], const act* x, const float* norm,
                                         const FewRows& s) {
     constexpr int ACROSS = GROUPS * BLOCK_OUTPUTS;
-    let_later_start();
     int block = blockIdx.x, part = 0;
 #pragma unroll
     for (int i = 0; i < MOST_OUTPUTS - 1; i++) {
@@ -179,7 +175,7 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
     Outputs groups[GROUPS];
 #pragma unroll
     for (int m = 0; m < GROUPS; m++) groups[m] = {weights, block * ACROSS + m * BLOCK_OUTPUTS, count};
-    few_rows<TILES, GROUPS, TILES * GROUPS == 1 ? 4 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
+    few_rows<TILES, GROUPS, TILES * GROUPS == 1 ? 4 : TILES * GROUPS == 8 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
 #pragma unroll
         for (int m = 0; m < GROUPS; m++) {
             int o = groups[m].first + i;
@@ -201,10 +197,9 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
 template <int TILES>
 __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up, const act* x, const float* norm,
                                        const FewRows& s) {
-    let_later_start();
     int first = blockIdx.x * BLOCK_OUTPUTS, count = s.outputs[0];
     const Outputs groups[2] = {{gate, first, count}, {up, first, count}};
-    few_rows<TILES, 2, TILES == 1 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2]) {
+    few_rows<TILES, 2, TILES == 4 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2]) {
         if (first + i >= count) return;
         y[static_cast<long long>(n) * count + first + i] = from_float<act>(sums[0] * sigmoid(sums[0]) * sums[1]);
     });
@@ -228,13 +223,13 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
     }
 
 #ifdef ACT_BF16
-LINEARS(1, 1, 3)
-LINEARS(2, 1, 4)
+LINEARS(1, 1, 2)
+LINEARS(2, 1, 3)
 LINEARS(4, 1, 2)
 LINEARS(1, 2, 3)
 LINEARS(2, 2, 2)
 LINEARS(4, 2, 2)
-SWIGLU(1, 4)
-SWIGLU(2, 3)
+SWIGLU(1, 3)
+SWIGLU(2, 2)
 SWIGLU(4, 2)
 #endif

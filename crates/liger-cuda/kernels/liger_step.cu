@@ -23,7 +23,7 @@ struct StepSizes {
     float divisor, alpha, beta, scale, rope_factor, epsilon;
 };
 
-struct StepShared {
+struct __align__(16) StepShared {
     float q[GROUP][DIM], k[DIM], v[DIM];      // before RoPE
     float rope_q[GROUP][DIM];                 // after it, times the scale of scores
     float cosine[DIM / 2], sine[DIM / 2];
@@ -158,8 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     act* keys = reinterpret_cast<act*>(scores + (GROUP * s.cache_rows + 3) / 4 * 4);  // [cache_rows, ROW]
     act* values = keys + s.cache_rows * ROW;
     int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    let_later_start();
-    // Tokens, cache and state are older than the kernel before this one.
     int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
     long long place = static_cast<long long>(slot) * s.kv + head;
     int own = cache_row(s, position), rows = min(position + 1, s.sinks + s.window);
@@ -189,7 +187,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         sincosf(static_cast<float>(angle - turn * rint(angle * (1.0 / turn))), &sine, &cosine);
         m.cosine[i] = cosine * s.rope_factor, m.sine[i] = sine * s.rope_factor;
     }
-    wait_for_earlier();
     for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
         m.q[i / DIM][i % DIM] = to_float(q[(static_cast<long long>(text) * s.heads + head * GROUP) * DIM + i]);
     }

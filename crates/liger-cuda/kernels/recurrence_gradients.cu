@@ -208,18 +208,24 @@ extern "C" __global__ void final_gate_terms(float* final_terms, const float* sta
 }
 
 // dgates: adds what later chunks of the text hold; 0 where the gate is clamped. Grid (chunks, K).
-extern "C" __global__ void finish_gates(float* dgates, const float* gates, const float* chunk_sums,
+extern "C" __global__ void __launch_bounds__(THREADS)
+    finish_gates(float* dgates, const float* gates, const float* chunk_sums,
                                         const float* final_terms, const ChunkInfo* chunks, Sizes s) {
+    constexpr int dim = DG, SHARES = THREADS / dim;
+    __shared__ double sums[SHARES][dim];
     ChunkInfo chunk = chunks[blockIdx.x];
-    constexpr int dim = DG;
-    int d = threadIdx.x;
-    if (d >= dim) return;
+    int d = threadIdx.x % dim, share = threadIdx.x / dim;
     double later = 0.0;
-    for (int n = chunk.first + chunk.count - 1; n > static_cast<int>(blockIdx.x); n--) {
+    for (int n = blockIdx.x + 1 + share; n < chunk.first + chunk.count && share < SHARES; n += SHARES) {
         later += chunk_sums[(static_cast<long long>(n) * s.kv + blockIdx.y) * dim + d];
     }
+    if (share < SHARES) sums[share][d] = later;
+    __syncthreads();
+    if (share >= SHARES) return;
+    later = 0.0;
+    for (int i = 0; i < SHARES; i++) later += sums[i][d];
     if (final_terms != nullptr) later += final_terms[(static_cast<long long>(chunk.sequence) * s.kv + blockIdx.y) * dim + d];
-    for (int t = chunk.start; t < chunk.start + chunk.len; t++) {
+    for (int t = chunk.start + share; t < chunk.start + chunk.len; t += SHARES) {
         long long at = (static_cast<long long>(t) * s.kv + blockIdx.y) * dim + d;
         // A clamped gate forgets everything: its true gradient is far below float32's noise.
         dgates[at] = gates[at] <= LOWEST_GATE ? 0.0f : static_cast<float>(dgates[at] + later);

@@ -1,15 +1,17 @@
 //! Softmax attention: sizes and blocks for `kernels/attention.cu`, and the key/value cache.
 
 use liger_tensor::checks::{Heads, grown_cache_rows, same_length};
-use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::{AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor};
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Launch};
-use crate::{Cuda, pointer, shared_bytes};
+use crate::{Cuda, pointer, shared_bytes, typed};
 
-/// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `QUERIES` of the kernels.
+/// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `FORWARD_KEYS`, `QUERIES` of the
+/// kernels.
 const ROWS: usize = 64;
 const KEYS: usize = 64;
+const FORWARD_KEYS: usize = 96;
 const QUERIES: usize = 32;
 /// Threads of a block.
 const THREADS: u32 = 128;
@@ -51,6 +53,7 @@ pub(crate) fn forward(
     sequences: &Sequences,
     spec: AttentionSpec,
     mut cache: Option<&mut KeyValueCache>,
+    statistics: Option<&mut Tensor>,
 ) -> Result<()> {
     let heads = self::heads("attention_forward", q, k, sequences)?;
     same_length("attention_forward", out, q)?;
@@ -67,17 +70,20 @@ pub(crate) fn forward(
             cuda.attention_blocks(out, (q, k, v), sequences, spec, Some(cache), 0)?;
             cuda.insert(cache, k, v, sequences, heads)
         }
-        None => cuda.attention_blocks(out, (q, k, v), sequences, spec, None, 0),
+        None => {
+            let lse = statistics.map_or(Ok(0), |lse| typed("attention_forward", lse, DType::F32))?;
+            cuda.attention_blocks(out, (q, k, v), sequences, spec, None, lse)
+        }
     }
 }
 
-/// The forward runs once more for the rows' log-sum-exp; then one kernel by rows and one by keys.
+/// One kernel by rows and one by keys. Without the rows' log-sum-exp the forward runs once more.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn backward(
     cuda: &Cuda,
     (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
     (q, k, v): (&Tensor, &Tensor, &Tensor),
-    out: &Tensor,
+    (out, statistics): (&Tensor, Option<&Tensor>),
     dout: &Tensor,
     sequences: &Sequences,
     spec: AttentionSpec,
@@ -88,17 +94,24 @@ pub(crate) fn backward(
         same_length(NAME, a, b)?;
     }
     let rows = q.dim(0) * heads.query;
-    let lse = cuda.gpu.allocate(rows * 4)?;
     let inner = cuda.gpu.allocate(rows * 4)?;
-    let again = cuda.tensor(q.shape(), cuda.activations)?;
-    cuda.attention_blocks(&again, (q, k, v), sequences, spec, None, lse.pointer)?;
+    let own;
+    let lse = match statistics {
+        Some(lse) => typed(NAME, lse, DType::F32)?,
+        None => {
+            own = cuda.gpu.allocate(rows * 4)?;
+            let again = cuda.tensor(q.shape(), cuda.activations)?;
+            cuda.attention_blocks(&again, (q, k, v), sequences, spec, None, own.pointer)?;
+            own.pointer
+        }
+    };
     let args = [Arg::Pointer(inner.pointer), cuda.act(NAME, out)?, cuda.act(NAME, dout)?, Arg::Int(rows as i32)];
     cuda.attention_kernel("attention_inner", heads, Launch::warp_rows(rows), &args)?;
 
     let batch = cuda.batch(sequences)?;
     let (words, padded) = (self::words(heads, spec, 0), heads.dim.next_multiple_of(16));
     let inputs = [cuda.act(NAME, q)?, cuda.act(NAME, k)?, cuda.act(NAME, v)?, cuda.act(NAME, dout)?];
-    let [lse, inner] = [Arg::Pointer(lse.pointer), Arg::Pointer(inner.pointer)];
+    let [lse, inner] = [Arg::Pointer(lse), Arg::Pointer(inner.pointer)];
     // Sinks that a window does not reach get their gradients from the kernel by rows, one part a block.
     let sinks = if spec.window.is_some() { spec.sinks } else { 0 };
     if sinks > MOST_SINKS {
@@ -114,8 +127,7 @@ pub(crate) fn backward(
         args.extend(inputs);
         args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
         let shared = shared_bytes(cuda.activations, tiles, &[]);
-        let launch =
-            Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared, ..Launch::default() };
+        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
         cuda.attention_kernel(name, heads, launch, &args)
     };
     let tiles = [(2 * ROWS + 2 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
@@ -128,7 +140,7 @@ pub(crate) fn backward(
     }
     let args = [dk, dv, parts, Arg::Pointer(by_rows.0.pointer), Arg::Int(by_rows.1 as i32), Arg::Words(&words)];
     let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
-    cuda.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (1024, 1), ..Launch::default() }, &args)
+    cuda.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (1024, 1), shared: 0 }, &args)
 }
 
 impl Cuda {
@@ -151,9 +163,8 @@ impl Cuda {
         let blocks = self.batch(sequences)?.blocks(&self.gpu, ROWS / heads.group())?;
         let words = self::words(heads, spec, cache_rows);
         let padded = heads.dim.next_multiple_of(16);
-        let shared = shared_bytes(self.activations, &[(ROWS + 2 * KEYS, padded)], &[]);
-        let launch =
-            Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared, ..Launch::default() };
+        let shared = shared_bytes(self.activations, &[(ROWS + 2 * FORWARD_KEYS, padded)], &[]);
+        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
         let args = [
             self.act(NAME, out)?,
             Arg::Pointer(lse),
@@ -216,7 +227,7 @@ impl Cuda {
             Arg::Pointer(batch.rows.pointer),
             Arg::Words(&words),
         ];
-        let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), ..Launch::default() };
+        let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), shared: 0 };
         self.attention_kernel("cache_insert", heads, launch, &args)
     }
 
@@ -250,13 +261,13 @@ impl Cuda {
             Arg::Words(&words),
         ];
         let slices = heads.kv * heads.group().div_ceil(STEP_HEADS);
-        let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), ..Launch::default() };
+        let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), shared: 0 };
         self.attention_kernel(NAME, heads, launch, &args)?;
         if splits == 1 {
             return Ok(());
         }
         let args = [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32)];
-        let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), ..Launch::default() };
+        let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
         self.attention_kernel("attention_merge", heads, launch, &args)
     }
 }

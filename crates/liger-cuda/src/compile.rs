@@ -40,6 +40,8 @@ pub enum Source {
     RecurrenceStep,
     /// Losses and the optimizer.
     Loss,
+    /// Choosing the next token.
+    Sampling,
     /// Linear layers of few rows.
     FewRows,
     /// Liger Attention for one token.
@@ -52,7 +54,7 @@ const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
     /// Every file.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Elementwise,
         Self::Features,
         Self::Attention,
@@ -60,6 +62,7 @@ impl Source {
         Self::RecurrenceGradients,
         Self::RecurrenceStep,
         Self::Loss,
+        Self::Sampling,
         Self::FewRows,
         Self::LigerStep,
     ];
@@ -73,6 +76,7 @@ impl Source {
             Self::RecurrenceGradients => "recurrence_gradients.cu",
             Self::RecurrenceStep => "recurrence_step.cu",
             Self::Loss => "loss.cu",
+            Self::Sampling => "sampling.cu",
             Self::FewRows => "few_rows.cu",
             Self::LigerStep => "liger_step.cu",
         }
@@ -87,6 +91,7 @@ impl Source {
             Self::RecurrenceGradients => include_str!("../kernels/recurrence_gradients.cu"),
             Self::RecurrenceStep => include_str!("../kernels/recurrence_step.cu"),
             Self::Loss => include_str!("../kernels/loss.cu"),
+            Self::Sampling => include_str!("../kernels/sampling.cu"),
             Self::FewRows => include_str!("../kernels/few_rows.cu"),
             Self::LigerStep => include_str!("../kernels/liger_step.cu"),
         }

@@ -33,24 +33,21 @@ pub(crate) fn int(n: usize) -> Arg<'static> {
 }
 
 /// Grid, block and bytes of dynamic shared memory.
-#[derive(Clone, Copy, Default)]
 pub(crate) struct Launch {
     pub(crate) grid: (u32, u32, u32),
     pub(crate) block: (u32, u32),
     pub(crate) shared: usize,
-    /// Starts while the kernel before still runs, and waits for it itself: `wait_for_earlier` in kernels/common.cuh.
-    pub(crate) ahead: bool,
 }
 
 impl Launch {
     /// One thread for each of `n` elements, `per_thread` at a time.
     pub(crate) fn over(n: usize, per_thread: usize) -> Self {
-        Self { grid: (n.div_ceil(256 * per_thread) as u32, 1, 1), block: (256, 1), ..Launch::default() }
+        Self { grid: (n.div_ceil(256 * per_thread) as u32, 1, 1), block: (256, 1), shared: 0 }
     }
 
     /// One warp for each row.
     pub(crate) fn warp_rows(rows: usize) -> Self {
-        Self { grid: (rows.div_ceil(8) as u32, 1, 1), block: (32, 8), ..Launch::default() }
+        Self { grid: (rows.div_ceil(8) as u32, 1, 1), block: (32, 8), shared: 0 }
     }
 }
 
@@ -64,8 +61,6 @@ pub(crate) struct Gpu {
     pub(crate) largest_shared: usize,
     /// Multiprocessors.
     pub(crate) processors: usize,
-    /// Kernels can be started ahead of time.
-    starts_ahead: bool,
     kernels: Mutex<Kernels>,
     pool: Mutex<Pool>,
     profile: Mutex<Option<Vec<Span>>>,
@@ -191,19 +186,7 @@ impl Gpu {
         // The machine code of Hopper's own instructions is not compatible with later chips.
         let arch = format!("sm_{major}{minor}{}", if major == 9 { "a" } else { "" });
         let (kernels, pool, profile) = Default::default();
-        Ok(Self {
-            context,
-            stream,
-            name,
-            arch,
-            driver_version,
-            largest_shared,
-            processors,
-            starts_ahead: major >= 9,
-            kernels,
-            pool,
-            profile,
-        })
+        Ok(Self { context, stream, name, arch, driver_version, largest_shared, processors, kernels, pool, profile })
     }
 
     /// Makes the context current on this thread.
@@ -357,7 +340,7 @@ impl Gpu {
 
     /// Starts a kernel.
     pub(crate) fn launch(&self, kernel: Kernel, variant: Variant, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        let Launch { grid, block, shared, ahead } = launch;
+        let Launch { grid, block, shared } = launch;
         if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
             return Ok(());
         }
@@ -379,27 +362,9 @@ impl Gpu {
             .collect();
         let block = (block.0, block.1, 1);
         let span = self.begin_span(|| kernel.1.to_owned())?;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue_union { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.0,
-            gridDimY: grid.1,
-            gridDimZ: grid.2,
-            blockDimX: block.0,
-            blockDimY: block.1,
-            blockDimZ: block.2,
-            sharedMemBytes: shared as u32,
-            hStream: self.stream,
-            attrs: &raw mut attribute,
-            numAttrs: u32::from(ahead && self.starts_ahead),
-        };
         // SAFETY: the arguments are those of the kernel, and live until the call returns; sizes were checked by the
         // operation that launches.
-        unsafe { sys::cuLaunchKernelEx(&raw const config, function.0, pointers.as_mut_ptr(), std::ptr::null_mut()) }
-            .result()
+        unsafe { result::launch_kernel(function.0, grid, block, shared as u32, self.stream, &mut pointers) }
             .map_err(failed(kernel.1))?;
         self.end_span(span)
     }

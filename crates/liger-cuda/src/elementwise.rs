@@ -31,7 +31,7 @@ fn norm_launch(width: usize, rows: usize) -> Launch {
     if width <= 256 {
         return Launch::warp_rows(rows);
     }
-    Launch { grid: (rows as u32, 1, 1), block: (256, 1), ..Launch::default() }
+    Launch { grid: (rows as u32, 1, 1), block: (256, 1), shared: 0 }
 }
 
 pub(crate) fn rms_norm_forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
@@ -141,7 +141,7 @@ pub(crate) fn embedding_rows(cuda: &Cuda, out: &Tensor, table: &Tensor, ids: &Bl
         Arg::Pointer(ids.pointer),
         int(width),
     ];
-    let launch = Launch { grid: ((out.len() / width) as u32, 1, 1), block: (256, 1), ..Launch::default() };
+    let launch = Launch { grid: ((out.len() / width) as u32, 1, 1), block: (256, 1), shared: 0 };
     cuda.launch((Source::Elementwise, "embedding"), launch, &args)
 }
 

@@ -16,6 +16,7 @@ mod gemm;
 mod libraries;
 mod loss;
 mod recurrence;
+mod sampling;
 mod steps;
 
 use std::any::Any;
@@ -24,8 +25,8 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks;
 use liger_tensor::{
-    AdamwStep, AttentionSpec, DType, DeviceMemory, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Recurrence,
-    RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
+    AdamwParameter, AdamwStep, AttentionSpec, DType, DeviceMemory, Draw, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
+    Recurrence, RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
 };
 
 use batch::{Batch, Batches};
@@ -244,7 +245,7 @@ impl Ops for Cuda {
             Arg::Long(seed as i64),
             Arg::Long(tensor.len() as i64),
         ];
-        let launch = Launch { grid: (1024, 1, 1), block: (256, 1), ..Launch::default() };
+        let launch = Launch { grid: (1024, 1, 1), block: (256, 1), shared: 0 };
         self.gpu.launch((Source::Elementwise, "uniform"), Variant::of(dtype), launch, &args)?;
         Ok(tensor)
     }
@@ -309,8 +310,13 @@ impl Ops for Cuda {
         sequences: &Sequences,
         spec: AttentionSpec,
         cache: Option<&mut KeyValueCache>,
+        statistics: Option<&mut Tensor>,
     ) -> Result<()> {
-        attention::forward(self, out, q, k, v, sequences, spec, cache)
+        attention::forward(self, out, q, k, v, sequences, spec, cache, statistics)
+    }
+
+    fn attention_statistics(&self, q: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.empty_f32(&q.shape()[..2])?))
     }
 
     fn attention_backward(
@@ -322,11 +328,12 @@ impl Ops for Cuda {
         k: &Tensor,
         v: &Tensor,
         out: &Tensor,
+        statistics: Option<&Tensor>,
         dout: &Tensor,
         sequences: &Sequences,
         spec: AttentionSpec,
     ) -> Result<()> {
-        attention::backward(self, (dq, dk, dv), (q, k, v), out, dout, sequences, spec)
+        attention::backward(self, (dq, dk, dv), (q, k, v), (out, statistics), dout, sequences, spec)
     }
 
     fn features_forward(
@@ -389,7 +396,11 @@ impl Ops for Cuda {
     }
 
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
-        loss::argmax(self, logits)
+        sampling::argmax(self, logits)
+    }
+
+    fn sample(&self, logits: &Tensor, how: Draw, draws: &[f32]) -> Result<Option<Vec<u32>>> {
+        sampling::sample(self, logits, how, draws).map(Some)
     }
 
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
@@ -410,14 +421,7 @@ impl Ops for Cuda {
         loss::sum_of_squares(self, tensors)
     }
 
-    fn adamw(
-        &self,
-        parameter: &mut Tensor,
-        gradient: &Tensor,
-        first_moment: &mut Tensor,
-        second_moment: &mut Tensor,
-        step: AdamwStep,
-    ) -> Result<()> {
-        loss::adamw(self, parameter, gradient, first_moment, second_moment, step)
+    fn adamw(&self, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()> {
+        loss::adamw(self, parameters, step)
     }
 }

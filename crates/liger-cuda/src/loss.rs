@@ -1,10 +1,10 @@
 //! Losses over rows of logits, sums of squares and the optimizer: sizes for `kernels/loss.cu`.
 
 use liger_tensor::checks::{logit_rows, same_length};
-use liger_tensor::{AdamwStep, Error, Result, Tensor};
+use liger_tensor::{AdamwParameter, AdamwStep, DType, Error, Result, Tensor};
 
 use crate::compile::{Source, Variant};
-use crate::driver::{Arg, Launch, int, long};
+use crate::driver::{Arg, Block, Launch, int};
 use crate::{Cuda, pointer, rows_of, typed};
 
 /// Runs a loss kernel over rows of logits of either type; `marks` is a label or a flag a row.
@@ -30,7 +30,7 @@ fn loss(
         Arg::Int(i32::from(scale.is_some())),
         Arg::Float(scale.unwrap_or(0.0)),
     ]);
-    let launch = Launch { grid: (rows as u32, 1, 1), block: (512, 1), ..Launch::default() };
+    let launch = Launch { grid: (rows as u32, 1, 1), block: (512, 1), shared: 0 };
     cuda.gpu.launch((Source::Loss, name), Variant::of(logits.dtype()), launch, &args)?;
     cuda.gpu.read(losses.pointer, rows)
 }
@@ -56,51 +56,47 @@ pub(crate) fn kl_divergence(
     loss(cuda, "kl_divergence", student, Some(teacher), &count, scale)
 }
 
-pub(crate) fn argmax(cuda: &Cuda, logits: &Tensor) -> Result<Vec<u32>> {
-    let (vocabulary, rows) = rows_of(logits);
-    let found = cuda.gpu.allocate(rows * 8)?;
-    cuda.gpu.clear(found.pointer, rows * 8)?;
-    let args = [Arg::Pointer(found.pointer), Arg::Pointer(pointer("argmax", logits)?), int(vocabulary)];
-    let shares = vocabulary.div_ceil(4096) as u32;
-    let launch = Launch { grid: (shares, rows as u32, 1), block: (256, 1), ..Launch::default() };
-    cuda.gpu.launch((Source::Loss, "argmax"), Variant::of(logits.dtype()), launch, &args)?;
-    Ok(cuda.gpu.read::<u64>(found.pointer, rows)?.into_iter().map(|key| key as u32).collect())
+/// Addresses and lengths as a table on the GPU.
+fn table(cuda: &Cuda, words: &[u64]) -> Result<Block> {
+    let block = cuda.gpu.allocate(words.len() * 8)?;
+    cuda.gpu.write(&block, words)?;
+    Ok(block)
+}
+
+/// One launch over all tensors, a grid of shares of the longest for each.
+fn over_tensors(longest: usize, tensors: usize) -> Launch {
+    let shares = longest.div_ceil(4096).clamp(1, 256) as u32;
+    Launch { grid: (shares, tensors as u32, 1), block: (256, 1), shared: 0 }
 }
 
 /// All parts are read back at once: one wait, however many tensors.
 pub(crate) fn sum_of_squares(cuda: &Cuda, tensors: &[&Tensor]) -> Result<f64> {
-    let blocks = |x: &Tensor| x.len().div_ceil(4096).clamp(1, 256);
-    let total: usize = tensors.iter().map(|x| blocks(x)).sum();
-    let parts = cuda.gpu.allocate(total * 8)?;
-    let mut at = 0;
+    const NAME: &str = "sum_of_squares";
+    let mut words = Vec::with_capacity(2 * tensors.len());
     for x in tensors {
-        let launch = Launch { grid: (blocks(x) as u32, 1, 1), block: (256, 1), ..Launch::default() };
-        let args = [Arg::Pointer(parts.pointer + at as u64 * 8), cuda.f32("sum_of_squares", x)?, long(x.len())];
-        cuda.launch((Source::Loss, "sum_of_squares"), launch, &args)?;
-        at += blocks(x);
+        words.extend([typed(NAME, x, DType::F32)?, x.len() as u64]);
     }
+    let table = table(cuda, &words)?;
+    let launch = over_tensors(tensors.iter().map(|x| x.len()).max().unwrap_or(0), tensors.len());
+    let total = tensors.len() * launch.grid.0 as usize;
+    let parts = cuda.gpu.allocate(total * 8)?;
+    cuda.launch((Source::Loss, NAME), launch, &[Arg::Pointer(parts.pointer), Arg::Pointer(table.pointer)])?;
     Ok(cuda.gpu.read::<f64>(parts.pointer, total)?.iter().sum())
 }
 
-pub(crate) fn adamw(
-    cuda: &Cuda,
-    parameter: &mut Tensor,
-    gradient: &Tensor,
-    first: &mut Tensor,
-    second: &mut Tensor,
-    step: AdamwStep,
-) -> Result<()> {
-    for other in [gradient, &*first, &*second] {
-        same_length("adamw", parameter, other)?;
+pub(crate) fn adamw(cuda: &Cuda, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()> {
+    let mut words = Vec::with_capacity(5 * parameters.len());
+    for p in parameters.iter() {
+        for tensor in [&*p.value, p.gradient, &*p.first_moment, &*p.second_moment] {
+            same_length("adamw", p.value, tensor)?;
+            words.push(typed("adamw", tensor, DType::F32)?);
+        }
+        words.push(p.value.len() as u64);
     }
+    let table = table(cuda, &words)?;
     let correction = |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(step.step as f64))) as f32;
-    let n = parameter.len();
-    let tensor = |t: &Tensor| cuda.f32("adamw", t);
     let args = [
-        tensor(parameter)?,
-        tensor(gradient)?,
-        tensor(first)?,
-        tensor(second)?,
+        Arg::Pointer(table.pointer),
         Arg::Float(step.learning_rate),
         Arg::Float(step.beta1),
         Arg::Float(step.beta2),
@@ -109,7 +105,7 @@ pub(crate) fn adamw(
         Arg::Float(correction(step.beta1)),
         Arg::Float(correction(step.beta2)),
         Arg::Float(step.gradient_scale),
-        long(n),
     ];
-    cuda.launch((Source::Loss, "adamw"), Launch::over(n, 1), &args)
+    let longest = parameters.iter().map(|p| p.value.len()).max().unwrap_or(0);
+    cuda.launch((Source::Loss, "adamw"), over_tensors(longest, parameters.len()), &args)
 }

@@ -131,7 +131,7 @@ pub(crate) fn backward(
             let args =
                 [Arg::Pointer(terms.pointer), Arg::Pointer(finals.pointer), Arg::Pointer(dfinal), Arg::Words(&p.words)];
             let grid = (p.sizes.heads.kv as u32, sequences.len() as u32, 1);
-            let launch = Launch { grid, block: (128, 1), ..Launch::default() };
+            let launch = Launch { grid, block: (128, 1), shared: 0 };
             cuda.recurrence_kernel((Source::RecurrenceGradients, "final_gate_terms"), &p, launch, &args)?;
             final_terms = Some(terms);
         }
@@ -185,11 +185,8 @@ impl Cuda {
             Arg::Words(&p.words),
         ];
         let columns = p.sizes.value_dim.div_ceil(STEP_COLUMNS) as u32;
-        let launch = Launch {
-            grid: (columns, p.sizes.heads.kv as u32, sequences.rows() as u32),
-            block: (256, 1),
-            ..Launch::default()
-        };
+        let launch =
+            Launch { grid: (columns, p.sizes.heads.kv as u32, sequences.rows() as u32), block: (256, 1), shared: 0 };
         self.recurrence_kernel((Source::RecurrenceStep, NAME), p, launch, &args)
     }
 
@@ -228,12 +225,7 @@ impl Cuda {
     }
 
     fn per_chunk(&self, p: &Problem<'_>, batch: &Batch, shared: usize) -> Launch {
-        Launch {
-            grid: (batch.chunk_count as u32, p.sizes.heads.kv as u32, 1),
-            block: (256, 1),
-            shared,
-            ..Launch::default()
-        }
+        Launch { grid: (batch.chunk_count as u32, p.sizes.heads.kv as u32, 1), block: (256, 1), shared }
     }
 
     fn scan(
@@ -260,7 +252,7 @@ impl Cuda {
         self.recurrence_kernel(
             (Source::RecurrenceChunks, "scan_states"),
             p,
-            Launch { grid, block: (256, 1), ..Launch::default() },
+            Launch { grid, block: (256, 1), shared: 0 },
             &args,
         )
     }
@@ -331,7 +323,7 @@ impl Cuda {
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];
-        let launch = Launch { block: (128, 1), ..self.per_chunk(p, batch, 0) };
+        let launch = self.per_chunk(p, batch, 0);
         self.recurrence_kernel((Source::RecurrenceGradients, "finish_gates"), p, launch, &args)
     }
 }

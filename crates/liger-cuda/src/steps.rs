@@ -44,7 +44,6 @@ struct Layer {
 }
 
 /// `y [rows, outputs] = x [rows, inputs] w^T` for up to three layers. Fails where few_rows.cu does not take the sizes.
-#[allow(clippy::too_many_arguments)]
 fn linears(
     cuda: &Cuda,
     layers: &[Layer],
@@ -52,7 +51,6 @@ fn linears(
     norm: Option<(&Tensor, f32)>,
     add: bool,
     wide: bool,
-    ahead: bool,
 ) -> Result<()> {
     const NAME: &str = "linears";
     let (rows, inputs) = matrix(x);
@@ -75,15 +73,14 @@ fn linears(
         }
         _ => (blocks(1), by_tiles(rows, ["linears_1_1", "linears_2_1", "linears_4_1"])),
     };
-    cuda.launch((Source::FewRows, name), Launch { ahead, ..few_rows_launch(blocks) }, &args)
+    cuda.launch((Source::FewRows, name), few_rows_launch(blocks), &args)
 }
 
 /// One layer, as a product of `Ops::gemm`.
 pub(crate) fn linear(cuda: &Cuda, y: &Tensor, x: &Tensor, w: &Tensor, add: bool) -> Result<()> {
     let (y_at, w_at) = (pointer("gemm", y)?, typed("gemm", w, DType::Bf16)?);
     let layer = Layer { y: y_at, w: w_at, bias: 0, outputs: w.dim(0) };
-    // `w` may be what the kernel before writes: not ahead of it.
-    linears(cuda, &[layer], x, None, add, y.dtype() == DType::F32, false)
+    linears(cuda, &[layer], x, None, add, y.dtype() == DType::F32)
 }
 
 /// Whether [`linear`] takes these sizes.
@@ -126,7 +123,7 @@ fn words(
 }
 
 fn few_rows_launch(blocks: usize) -> Launch {
-    Launch { grid: (blocks as u32, 1, 1), block: (256, 1), ahead: true, ..Launch::default() }
+    Launch { grid: (blocks as u32, 1, 1), block: (256, 1), shared: 0 }
 }
 
 /// Bytes of shared memory: `StepShared` of liger_step.cu, scores, keys and values.
@@ -209,7 +206,7 @@ impl StepOps for Cuda {
             let (y, w) = (typed(NAME, layer.out, dtype)?, typed(NAME, layer.weight, DType::Bf16)?);
             list.push(Layer { y, w, bias, outputs });
         }
-        linears(self, &list, x, norm, add, wide, true)
+        linears(self, &list, x, norm, add, wide)
     }
 
     fn swiglu(&self, out: &mut Tensor, x: &Tensor, norm: (&Tensor, f32), gate: &Tensor, up: &Tensor) -> Result<()> {
@@ -274,7 +271,6 @@ impl StepOps for Cuda {
             grid: (spec.kv_heads as u32, texts as u32, 1),
             block: (256, 1),
             shared: shared_bytes(&spec, cache_rows),
-            ahead: true,
         };
         let variant = Variant { activations: self.activations, sizes };
         self.gpu.launch((Source::LigerStep, NAME), variant, launch, &args)

@@ -192,7 +192,7 @@ fn mask_seed(seed: u64, layer: usize, target: Target) -> u64 {
     seed.wrapping_mul(0x2545_f491_4f6c_dd1d).wrapping_add((layer * 4 + target as usize) as u64 + 1)
 }
 
-/// `out = x W^T + bias + scale (x A^T) B^T`, or added to `out`.
+/// `out = x W^T + bias + scale (x A^T) B^T`, or added to `out`; returns x A^T `[N, r]`, which the backward needs again.
 pub(crate) fn linear_forward(
     ops: &dyn Ops,
     out: &mut Tensor,
@@ -201,26 +201,28 @@ pub(crate) fn linear_forward(
     (layer, target): (usize, Target),
     tuning: Option<Tuning<'_>>,
     accumulate: bool,
-) -> Result<()> {
+) -> Result<Option<Tensor>> {
     ops.gemm(out, x, &linear.weight, Gemm { accumulate, ..Gemm::LINEAR })?;
     if let Some(bias) = &linear.bias {
         ops.add_bias(out, bias)?;
     }
-    if let Some((tuning, lora)) = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora))) {
-        let dropped = tuning.dropped(ops, x, layer, target)?;
-        let mut low = ops.empty(&[x.dim(0), tuning.adapter.config.rank])?;
-        ops.gemm(&mut low, dropped.as_ref().unwrap_or(x), &lora.a, Gemm::LINEAR)?;
-        ops.gemm(out, &low, &lora.b, Gemm::LINEAR.accumulated().scaled(tuning.adapter.config.scale()))?;
-    }
-    Ok(())
+    let Some((tuning, lora)) = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora))) else {
+        return Ok(None);
+    };
+    let dropped = tuning.dropped(ops, x, layer, target)?;
+    let mut low = ops.empty(&[x.dim(0), tuning.adapter.config.rank])?;
+    ops.gemm(&mut low, dropped.as_ref().unwrap_or(x), &lora.a, Gemm::LINEAR)?;
+    ops.gemm(out, &low, &lora.b, Gemm::LINEAR.accumulated().scaled(tuning.adapter.config.scale()))?;
+    Ok(Some(low))
 }
 
 /// The same for a frozen linear layer without LoRA.
 pub(crate) fn frozen_forward(ops: &dyn Ops, out: &mut Tensor, x: &Tensor, linear: &Linear, add: bool) -> Result<()> {
-    linear_forward(ops, out, x, linear, (0, Target::Q), None, add)
+    linear_forward(ops, out, x, linear, (0, Target::Q), None, add).map(|_| ())
 }
 
-/// Adds the gradients of A and B to `gradients`, and that of `x` to `dx` unless nobody needs it.
+/// Adds the gradients of A and B to `gradients`, and that of `x` to `dx` unless nobody needs it. `low` is what the forward
+/// returned.
 ///
 /// With t = x A^T and s the scale: dB = s dy^T t, dt = s dy B, dA = dt^T x, dx = dy W + dt A. No product is of the
 /// size of W but dy W itself.
@@ -230,6 +232,7 @@ pub(crate) fn linear_backward(
     mut dx: Option<&mut Tensor>,
     dy: &Tensor,
     x: &Tensor,
+    low: Option<&Tensor>,
     linear: &Linear,
     (layer, target): (usize, Target),
     tuning: Option<Tuning<'_>>,
@@ -238,29 +241,27 @@ pub(crate) fn linear_backward(
     if let Some(dx) = dx.as_deref_mut() {
         ops.gemm(dx, dy, &linear.weight, Gemm::INPUT_GRADIENT.accumulated())?;
     }
-    let Some((tuning, lora)) = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora))) else {
-        return Ok(());
-    };
+    let lora = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora)));
+    let (Some((tuning, lora)), Some(low)) = (lora, low) else { return Ok(()) };
     let scale = tuning.adapter.config.scale();
     let dropped = tuning.dropped(ops, x, layer, target)?;
     let input = dropped.as_ref().unwrap_or(x);
-    let mut low = ops.empty(&[x.dim(0), tuning.adapter.config.rank])?;
-    ops.gemm(&mut low, input, &lora.a, Gemm::LINEAR)?;
+    let mut dlow = ops.empty(low.shape())?;
+    ops.gemm(&mut dlow, dy, &lora.b, Gemm::INPUT_GRADIENT.scaled(scale))?;
     let gradient = gradients.layers.get_mut(layer).and_then(|l| l[target as usize].as_mut());
     if let Some(gradient) = gradient {
-        ops.gemm(&mut gradient.b, dy, &low, Gemm::WEIGHT_GRADIENT.accumulated().scaled(scale))?;
-        ops.gemm(&mut low, dy, &lora.b, Gemm::INPUT_GRADIENT.scaled(scale))?;
-        ops.gemm(&mut gradient.a, &low, input, Gemm::WEIGHT_GRADIENT.accumulated())?;
+        ops.gemm(&mut gradient.b, dy, low, Gemm::WEIGHT_GRADIENT.accumulated().scaled(scale))?;
+        ops.gemm(&mut gradient.a, &dlow, input, Gemm::WEIGHT_GRADIENT.accumulated())?;
     }
     let Some(dx) = dx else { return Ok(()) };
     match (dropped, tuning.dropout_seed) {
         (Some(mut through), Some(seed)) => {
             // The mask and its factor apply to the gradient as they did to the input.
-            ops.gemm(&mut through, &low, &lora.a, Gemm::INPUT_GRADIENT)?;
+            ops.gemm(&mut through, &dlow, &lora.a, Gemm::INPUT_GRADIENT)?;
             ops.dropout(&mut through, tuning.adapter.config.dropout, mask_seed(seed, layer, target))?;
             ops.axpby(dx, 1.0, &through, 1.0)?;
         }
-        _ => ops.gemm(dx, &low, &lora.a, Gemm::INPUT_GRADIENT.accumulated())?,
+        _ => ops.gemm(dx, &dlow, &lora.a, Gemm::INPUT_GRADIENT.accumulated())?,
     }
     Ok(())
 }

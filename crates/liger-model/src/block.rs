@@ -45,8 +45,12 @@ struct Activations {
     v: Tensor,
     rope_q: Tensor,
     rope_k: Tensor,
+    /// x A^T of the adapter for q, k, v, o.
+    low: [Option<Tensor>; 4],
     /// Attention's output before o_proj, `[N, H * D]`.
     mixed: Tensor,
+    /// Of softmax attention.
+    statistics: Option<Tensor>,
     /// `None` for softmax attention, whose output `mixed` is.
     liger: Option<LigerActivations>,
 }
@@ -79,7 +83,7 @@ type LayerState<'a> = Option<(&'a mut KeyValueCache, &'a mut [Tensor])>;
 impl Context<'_> {
     /// Turns `x [N, d]` into the block's output in place.
     pub(crate) fn forward(&self, x: &mut Tensor, state: LayerState<'_>) -> Result<Option<Branches>> {
-        let attention = self.attention_forward(x, state)?;
+        let attention = self.attention_forward(x, state, false)?;
         self.feed_forward(x)?;
         Ok(attention.liger.map(|liger| Branches {
             layer: self.layer,
@@ -95,7 +99,7 @@ impl Context<'_> {
             self.forward(x, None)?;
             return Ok(Kept::Input(input));
         }
-        let mut attention = self.attention_forward(x, None)?;
+        let mut attention = self.attention_forward(x, None, true)?;
         if let Some(liger) = &mut attention.liger {
             liger.recurrent = None; // only the mix needed it
         }
@@ -105,16 +109,18 @@ impl Context<'_> {
         Ok(Kept::All(Box::new(KeptAll { input, attention, middle, gate, up })))
     }
 
-    /// Adds the attention's output to `x`.
-    fn attention_forward(&self, x: &mut Tensor, state: LayerState<'_>) -> Result<Activations> {
+    /// Adds the attention's output to `x`; keeps what the backward can use again if it `trains`.
+    fn attention_forward(&self, x: &mut Tensor, state: LayerState<'_>, trains: bool) -> Result<Activations> {
         let Self { ops, config, weights, .. } = *self;
         let n = x.dim(0);
         let mut normed = ops.empty(x.shape())?;
         ops.rms_norm_forward(&mut normed, x, &weights.input_norm, config.rms_norm_eps)?;
-        let project = |target: Target, heads: usize| -> Result<Tensor> {
+        let mut low = [None, None, None, None];
+        let mut project = |target: Target, heads: usize| -> Result<Tensor> {
             let mut out = ops.empty(&[n, heads * config.head_dim])?;
             let linear = &weights.attention[target as usize];
-            linear_forward(ops, &mut out, &normed, linear, (self.layer, target), self.tuning, false)?;
+            low[target as usize] =
+                linear_forward(ops, &mut out, &normed, linear, (self.layer, target), self.tuning, false)?;
             Ok(out.reshaped(&[n, heads, config.head_dim]))
         };
         let mut q = project(Target::Q, config.num_heads)?;
@@ -136,23 +142,26 @@ impl Context<'_> {
             Ok(out)
         };
         let (rope_q, rope_k) = (rotated(&q)?, rotated(&k)?);
+        let mut statistics = None;
         let (mixed, liger) = match self.mixer {
             Mixer::Softmax(spec) => {
                 let mut out = ops.empty(q.shape())?;
                 let cache = state.map(|(cache, _)| cache);
-                ops.attention_forward(&mut out, &rope_q, &rope_k, &v, self.sequences, *spec, cache)?;
+                statistics = if trains { ops.attention_statistics(&q)? } else { None };
+                let kept = statistics.as_mut();
+                ops.attention_forward(&mut out, &rope_q, &rope_k, &v, self.sequences, *spec, cache, kept)?;
                 (out, None)
             }
             Mixer::Liger(liger) => {
                 let projected = Projected { q: &q, k: &k, v: &v, rope_q: &rope_q, rope_k: &rope_k };
-                let (mixed, activations) = liger.forward(ops, &projected, self.sequences, state)?;
+                let (mixed, activations) = liger.forward(ops, &projected, self.sequences, state, trains)?;
                 (mixed, Some(activations))
             }
         };
         let mixed = mixed.reshaped(&[n, config.num_heads * config.head_dim]);
         let output = &weights.attention[Target::O as usize];
-        linear_forward(ops, x, &mixed, output, (self.layer, Target::O), self.tuning, true)?;
-        Ok(Activations { normed, raw_qk, q, k, v, rope_q, rope_k, mixed, liger })
+        low[Target::O as usize] = linear_forward(ops, x, &mixed, output, (self.layer, Target::O), self.tuning, true)?;
+        Ok(Activations { normed, raw_qk, q, k, v, rope_q, rope_k, low, mixed, statistics, liger })
     }
 
     /// Gate and up of the feed-forward layer for `x`.
@@ -192,7 +201,7 @@ impl Context<'_> {
             Kept::All(all) => *all,
             Kept::Input(input) => {
                 let mut middle = copy(self.ops, &input)?;
-                let attention = self.attention_forward(&mut middle, None)?;
+                let attention = self.attention_forward(&mut middle, None, true)?;
                 let (gate, up) = self.gate_up(&middle)?;
                 KeptAll { input, attention, middle, gate, up }
             }
@@ -231,6 +240,7 @@ impl Context<'_> {
             Some(&mut dmixed),
             dx,
             &activations.mixed,
+            activations.low[Target::O as usize].as_ref(),
             linear(Target::O),
             at(Target::O),
             self.tuning,
@@ -262,7 +272,8 @@ impl Context<'_> {
                 dy.reshaped(&[n, width])
             };
             let (dx, x) = (dnormed.as_mut(), &activations.normed);
-            linear_backward(ops, dx, &dy, x, linear(target), at(target), self.tuning, gradients)?;
+            let low = activations.low[target as usize].as_ref();
+            linear_backward(ops, dx, &dy, x, low, linear(target), at(target), self.tuning, gradients)?;
         }
         if let (Some(input), Some(dnormed)) = (input, &dnormed) {
             ops.rms_norm_backward(dx, input, &weights.input_norm, config.rms_norm_eps, dnormed)?;
@@ -288,6 +299,7 @@ impl Context<'_> {
                     &activations.rope_k,
                     &activations.v,
                     &activations.mixed,
+                    activations.statistics.as_ref(),
                     dmixed,
                     self.sequences,
                     mixer.spec(),

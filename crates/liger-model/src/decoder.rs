@@ -262,24 +262,24 @@ impl Decoder {
         Ok(Pass { layers, last: x, sequences, dropout_seed, hidden })
     }
 
-    /// Bytes that [`Decoder::train_forward`] keeps for `tokens` tokens.
-    pub fn kept_bytes(&self, tokens: usize, recompute: Recompute) -> usize {
+    /// Bytes that a training pass over `tokens` tokens takes besides the weights: what [`Decoder::train_forward`] keeps, and
+    /// what lives inside the backward, which is about one layer in full and four times the hidden states.
+    pub fn training_bytes(&self, tokens: usize, recompute: Recompute) -> usize {
         let c = &self.config;
         let (d, q, kv) = (c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let size = self.ops.activations().size();
-        // Input, norm and residual; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up.
-        let layer = match recompute {
-            Recompute::Layer => d * size,
-            Recompute::None => (3 * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * kv,
-        };
-        layer * tokens * c.num_layers
+        // Input, norm and residual; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up;
+        // gates and the window's statistics in float32.
+        let whole = (3 * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * (kv + c.num_heads);
+        let layer = if recompute == Recompute::None { whole } else { d * size };
+        (layer * c.num_layers + whole + 4 * d * size) * tokens
     }
 
     /// [`Recompute::None`] where the device has its own memory and everything fits, for `tokens` tokens at once.
     pub fn choose_recompute(&self, tokens: usize) -> Recompute {
         match self.ops.memory() {
-            // A fifth for what lives inside a step, logits among it.
-            Some((free, _)) if self.kept_bytes(tokens, Recompute::None) < free / 5 * 4 => Recompute::None,
+            // A tenth for logits, adapter and optimizer.
+            Some((free, _)) if self.training_bytes(tokens, Recompute::None) < free / 10 * 9 => Recompute::None,
             _ => Recompute::Layer,
         }
     }

@@ -83,8 +83,8 @@ impl Generator<'_> {
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         let mut seen = prompt.to_vec();
         let mut logits = self.prefill(state, 0, prompt)?;
+        let mut id = options.sampling.pick(&mut logits, &seen, &mut rng);
         for produced in 1..=options.max_tokens {
-            let id = options.sampling.pick(&mut logits, &seen, &mut rng);
             if options.stop_ids.contains(&id) {
                 break;
             }
@@ -92,7 +92,8 @@ impl Generator<'_> {
             if !tell(id)? || produced == options.max_tokens {
                 break;
             }
-            logits = self.decoder.ops().download(self.step(state, &[(0, id)])?)?;
+            let ops = self.decoder.ops();
+            id = options.sampling.choose(ops, self.step(state, &[(0, id)])?, &seen, &mut rng)?;
         }
         Ok(seen.split_off(prompt.len()))
     }

@@ -1,7 +1,10 @@
 //! Choosing the next token from logits.
 
+use liger_tensor::{Draw, Ops, Tensor};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
+
+use crate::error::Result;
 
 /// How the next token is chosen; the names are those of Hugging Face's `generate`.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +29,26 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// Chooses from `logits [1, V]` on a device: there where it can be done, else here.
+    pub(crate) fn choose(&self, ops: &dyn Ops, logits: &Tensor, seen: &[u32], rng: &mut ChaCha8Rng) -> Result<u32> {
+        let mut chosen = None;
+        if self.repetition_penalty == 1.0 && self.temperature <= 0.0 {
+            chosen = ops.argmax(logits)?.first().copied();
+        } else if self.repetition_penalty == 1.0 {
+            let Self { temperature, top_k, top_p, min_p, .. } = *self;
+            let draws = [rng.clone().random::<f32>()];
+            let tokens = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &draws)?;
+            chosen = tokens.and_then(|tokens| tokens.first().copied());
+            if chosen.is_some() {
+                let _: f32 = rng.random();
+            }
+        }
+        match chosen {
+            Some(id) => Ok(id),
+            None => Ok(self.pick(&mut ops.download(logits)?, seen, rng)),
+        }
+    }
+
     /// Picks a token; `seen` are those that the repetition penalty counts.
     pub fn pick(&self, logits: &mut [f32], seen: &[u32], rng: &mut ChaCha8Rng) -> u32 {
         if self.repetition_penalty != 1.0 {

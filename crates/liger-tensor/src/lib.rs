@@ -16,8 +16,8 @@ mod tensor;
 
 pub use error::{Error, Result};
 pub use ops::{
-    AdamwStep, AttentionSpec, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, KeyValueCache, Ops, Recurrence,
-    RecurrenceGradients,
+    AdamwParameter, AdamwStep, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, KeyValueCache, Ops,
+    Recurrence, RecurrenceGradients,
 };
 pub use sequences::{Sequence, Sequences};
 pub use steps::{LigerStep, Recording, StepForm, StepLinear, StepOps, StepSpec};

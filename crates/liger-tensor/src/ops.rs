@@ -147,6 +147,31 @@ pub struct FeatureSpec {
     pub gate: Gate,
 }
 
+/// How a token is drawn: by softmax(logits / temperature), of what is left after `min_p`, `top_k` and `top_p`, in this order.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// Divides the logits; above 0.
+    pub temperature: f32,
+    /// Only so many of the most likely tokens (and their equals); 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this share of what is left.
+    pub top_p: f32,
+    /// Only tokens of at least this share of the most likely one's probability.
+    pub min_p: f32,
+}
+
+/// A float32 parameter and what its update needs, all of one length.
+pub struct AdamwParameter<'a> {
+    /// What is trained.
+    pub value: &'a mut Tensor,
+    /// Its gradient.
+    pub gradient: &'a Tensor,
+    /// First moment.
+    pub first_moment: &'a mut Tensor,
+    /// Second moment.
+    pub second_moment: &'a mut Tensor,
+}
+
 /// One AdamW update, as PyTorch defines it (decoupled weight decay, bias correction).
 #[derive(Debug, Clone, Copy)]
 pub struct AdamwStep {
@@ -254,6 +279,7 @@ pub trait Ops: Send + Sync {
 
     /// Softmax attention, scores times `D^-1/2`; `q [N, H, D]`, `k`, `v` `[N, K, D]` after RoPE. With a cache, queries
     /// see what it holds of their slot too, and it takes in the new keys; its memory grows where it has no window.
+    /// `statistics` takes what the backward can use again.
     #[allow(clippy::too_many_arguments)]
     fn attention_forward(
         &self,
@@ -264,8 +290,13 @@ pub trait Ops: Send + Sync {
         sequences: &Sequences,
         spec: AttentionSpec,
         cache: Option<&mut KeyValueCache>,
+        statistics: Option<&mut Tensor>,
     ) -> Result<()>;
-    /// Gradients of an attention from the beginning of every sequence, without a cache.
+    /// Memory for the statistics of an attention with these queries, where the device's backward has a use for them.
+    fn attention_statistics(&self, _q: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+    /// Gradients of an attention from the beginning of every sequence, without a cache, given its output and statistics.
     #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
@@ -276,6 +307,7 @@ pub trait Ops: Send + Sync {
         k: &Tensor,
         v: &Tensor,
         out: &Tensor,
+        statistics: Option<&Tensor>,
         dout: &Tensor,
         sequences: &Sequences,
         spec: AttentionSpec,
@@ -330,6 +362,11 @@ pub trait Ops: Send + Sync {
 
     /// Index of the largest element of each row, the last of equals.
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>>;
+    /// One token a row of `logits [N, V]`, drawn; `draws [N]` are evenly from 0 to 1. `None` where the device does not do
+    /// that itself.
+    fn sample(&self, _logits: &Tensor, _how: Draw, _draws: &[f32]) -> Result<Option<Vec<u32>>> {
+        Ok(None)
+    }
     /// Cross-entropy of each row of `logits [N, V]`, 0 where the label is negative. With a scale, `logits` are
     /// overwritten by `scale` times their gradient; without, they stay.
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>>;
@@ -344,13 +381,6 @@ pub trait Ops: Send + Sync {
     ) -> Result<Vec<f32>>;
     /// Sum of the squares of all elements of float32 tensors, in float64.
     fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64>;
-    /// One update of `parameter` and its two moments.
-    fn adamw(
-        &self,
-        parameter: &mut Tensor,
-        gradient: &Tensor,
-        first_moment: &mut Tensor,
-        second_moment: &mut Tensor,
-        step: AdamwStep,
-    ) -> Result<()>;
+    /// One update of every parameter and its two moments.
+    fn adamw(&self, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()>;
 }

@@ -1,6 +1,6 @@
 //! Softmax attention, with windows and sinks: forward in one piece, by any split through a cache, and backward.
 
-use liger_tensor::{AttentionSpec, KeyValueCache, Sequences};
+use liger_tensor::{AttentionSpec, KeyValueCache, Sequences, Tensor};
 
 use crate::plain::{gradient, softmax};
 use crate::{Check, Numbers};
@@ -62,7 +62,7 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
         c.tensor(&join(&v, kv * d), &[rows, kv, d]),
     );
     let batch = Sequences::fresh([before, t]);
-    c.ops.attention_forward(&mut out, &qt, &kt, &vt, &batch, spec, None).expect(&what);
+    c.ops.attention_forward(&mut out, &qt, &kt, &vt, &batch, spec, None, None).expect(&what);
     let mut own = c.poisoned(&[t, h, d]);
     c.ops.copy_rows(&mut own, &out, before).expect(&what);
     c.close(&what, &own, &expected);
@@ -86,7 +86,7 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
             batch.push(piece, done, 1);
             let mut out = c.poisoned(&[piece, h, d]);
             let (q, k, v) = (part(&q, h), part(&k, kv), part(&v, kv));
-            c.ops.attention_forward(&mut out, &q, &k, &v, &batch, spec, Some(&mut cache)).expect(&what);
+            c.ops.attention_forward(&mut out, &q, &k, &v, &batch, spec, Some(&mut cache), None).expect(&what);
             found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
             done += piece;
         }
@@ -121,17 +121,27 @@ fn gradients(
     spec: AttentionSpec,
     [q, k, v]: [&[f64]; 3],
     dout: &[f64],
-) -> [liger_tensor::Tensor; 3] {
+) -> [Tensor; 3] {
     let (q, k, v) = (c.tensor(q, &[t, h, d]), c.tensor(k, &[t, kv, d]), c.tensor(v, &[t, kv, d]));
     let dout = c.tensor(dout, &[t, h, d]);
     let batch = Sequences::fresh([t]);
     let mut out = c.poisoned(&[t, h, d]);
-    c.ops.attention_forward(&mut out, &q, &k, &v, &batch, spec, None).expect("attention_forward");
-    let (mut dq, mut dk, mut dv) = (c.poisoned(&[t, h, d]), c.poisoned(&[t, kv, d]), c.poisoned(&[t, kv, d]));
-    c.ops
-        .attention_backward(&mut dq, &mut dk, &mut dv, &q, &k, &v, &out, &dout, &batch, spec)
-        .expect("attention_backward");
-    [dq, dk, dv]
+    let mut statistics = c.ops.attention_statistics(&q).expect("attention_statistics");
+    let kept = statistics.as_mut();
+    c.ops.attention_forward(&mut out, &q, &k, &v, &batch, spec, None, kept).expect("attention_forward");
+    let backward = |statistics: Option<&Tensor>| {
+        let (mut dq, mut dk, mut dv) = (c.poisoned(&[t, h, d]), c.poisoned(&[t, kv, d]), c.poisoned(&[t, kv, d]));
+        c.ops
+            .attention_backward(&mut dq, &mut dk, &mut dv, &q, &k, &v, &out, statistics, &dout, &batch, spec)
+            .expect("attention_backward");
+        [dq, dk, dv]
+    };
+    let gradients = backward(statistics.as_ref());
+    // Without the forward's statistics they are computed again.
+    for (with, without) in gradients.iter().zip(backward(None)) {
+        assert_eq!(c.ops.download(with).expect("download"), c.ops.download(&without).expect("download"));
+    }
+    gradients
 }
 
 /// Over several blocks of rows the gradient by v is checked exactly: the output is linear in v.

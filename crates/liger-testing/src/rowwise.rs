@@ -1,6 +1,6 @@
 //! Products, norms, RoPE, SwiGLU, feature maps, losses and the optimizer.
 
-use liger_tensor::{AdamwStep, DType, FeatureMap, FeatureSpec, Gate, Gemm};
+use liger_tensor::{AdamwParameter, AdamwStep, DType, Draw, FeatureMap, FeatureSpec, Gate, Gemm};
 
 use crate::plain::{gradient, log_sigmoid, matmul, mean, sigmoid, softmax, transpose};
 use crate::{Check, Numbers};
@@ -13,6 +13,7 @@ pub(crate) fn check(c: &Check<'_>) {
     slot_gates(c);
     losses(c);
     optimizer(c);
+    sampling(c);
     rows(c);
 }
 
@@ -238,11 +239,51 @@ fn losses(c: &Check<'_>) {
     }
 }
 
+/// Where the device draws tokens itself: each token as often as its probability says, and none that a filter leaves out.
+fn sampling(c: &Check<'_>) {
+    let size = 3000;
+    let logits: Vec<f64> = Numbers::new(9).normal(size).iter().map(|x| 4.0 * x).collect();
+    let draws: Vec<f32> = (0..2000).map(|i| (i as f32 + 0.5) / 2000.0).collect();
+    let tensor = c.exact(&logits.repeat(draws.len()), &[draws.len(), size]);
+    let all = Draw { temperature: 0.8, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    for how in
+        [all, Draw { top_k: 5, ..all }, Draw { top_p: 0.7, ..all }, Draw { min_p: 0.2, top_p: 0.9, top_k: 40, ..all }]
+    {
+        let Some(chosen) = c.ops.sample(&tensor, how, &draws).expect("sample") else { return };
+        let mut order: Vec<usize> = (0..size).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        let weight = |i: usize| ((logits[i] - logits[order[0]]) / f64::from(how.temperature)).exp();
+        let mut kept: Vec<usize> =
+            order.iter().copied().filter(|&i| weight(i) >= f64::from(how.min_p.max(1e-9))).collect();
+        if how.top_k > 0 {
+            kept.truncate(how.top_k);
+        }
+        let total: f64 = kept.iter().map(|&i| weight(i)).sum();
+        let mut sum = 0.0;
+        let enough = |i: &usize| {
+            let before = sum;
+            sum += weight(*i);
+            before < f64::from(how.top_p) * total
+        };
+        kept = kept.iter().copied().take_while(enough).collect();
+        let total: f64 = kept.iter().map(|&i| weight(i)).sum();
+        let mut often = vec![0.0; size];
+        chosen.iter().for_each(|&id| often[id as usize] += 1.0 / draws.len() as f64);
+        for (i, &found) in often.iter().enumerate() {
+            let expected = if kept.contains(&i) { weight(i) / total } else { 0.0 };
+            assert!((found - expected).abs() < 1.5e-3, "sample {how:?}: token {i} {found} of {expected}");
+            assert!(expected > 0.0 || found == 0.0, "sample {how:?}: token {i} was left out");
+        }
+    }
+}
+
 fn optimizer(c: &Check<'_>) {
     let n = 37;
     let mut numbers = Numbers::new(3);
     let (mut w, mut m, mut v) = (numbers.normal(n), vec![0.0; n], vec![0.0; n]);
-    let (mut wt, mut mt, mut vt) = (c.exact(&w, &[n]), c.exact(&m, &[n]), c.exact(&v, &[n]));
+    // Two tensors in one call.
+    let cut = |x: &[f64]| [c.exact(&x[..30], &[30]), c.exact(&x[30..], &[7])];
+    let (mut wt, mut mt, mut vt) = (cut(&w), cut(&m), cut(&v));
     for step in 1..=3u64 {
         let g = numbers.normal(n);
         let (b1, b2, lr, eps, wd, gs) = (0.9, 0.999, 1e-2, 1e-8, 0.1, 0.5);
@@ -262,13 +303,25 @@ fn optimizer(c: &Check<'_>) {
             step,
             gradient_scale: 0.5,
         };
-        let gradient = c.exact(&g, &[n]);
-        c.ops.adamw(&mut wt, &gradient, &mut mt, &mut vt, update).expect("adamw");
-        let found = c.ops.sum_of_squares(&[&gradient]).expect("sum_of_squares");
+        let gradients = cut(&g);
+        let mut parameters: Vec<AdamwParameter<'_>> = wt
+            .iter_mut()
+            .zip(&gradients)
+            .zip(mt.iter_mut().zip(&mut vt))
+            .map(|((value, gradient), (first_moment, second_moment))| AdamwParameter {
+                value,
+                gradient,
+                first_moment,
+                second_moment,
+            })
+            .collect();
+        c.ops.adamw(&mut parameters, update).expect("adamw");
+        let found = c.ops.sum_of_squares(&[&gradients[0], &gradients[1]]).expect("sum_of_squares");
         let expected: f64 = g.iter().map(|g| g * g).sum();
         assert!((found / expected - 1.0).abs() < 1e-5, "sum_of_squares {found} {expected}");
     }
-    c.close("adamw", &wt, &w);
+    c.close("adamw", &wt[0], &w[..30]);
+    c.close("adamw", &wt[1], &w[30..]);
 }
 
 fn rows(c: &Check<'_>) {

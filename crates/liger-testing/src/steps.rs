@@ -170,7 +170,8 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
         };
         let mut window = c.poisoned(&[texts, heads, dim]);
         let cache = Some(&mut plain_cache);
-        ops.attention_forward(&mut window, &rotated(&q), &rotated(&k), &v, &sequences, spec, cache).expect("attention");
+        ops.attention_forward(&mut window, &rotated(&q), &rotated(&k), &v, &sequences, spec, cache, None)
+            .expect("attention");
         let recurrent = recurrence(c, form, (&q, &k, &v), &sequences, &mut plain_states);
         let window = ops.download(&window).expect("download");
         let recurrent = recurrent.map_or(vec![0.0; window.len()], |r| ops.download(&r).expect("download"));

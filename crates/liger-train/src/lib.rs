@@ -16,7 +16,7 @@ mod trainer;
 pub use checkpoints::latest_checkpoint;
 pub use error::{Error, Result};
 pub use metrics::StepRecord;
-pub use objective::next_token_gradient;
+pub use objective::{logit_bytes, next_token_gradient};
 pub use optimizer::Optimizer;
 pub use recipe::{DataRecipe, LigerRecipe, LoraRecipe, LossOn, Objective, Recipe, Schedule, Template, TrainRecipe};
 pub use trainer::{Event, Finished, Outcome, Trainer};

@@ -1,7 +1,7 @@
 //! AdamW over the matrices of an adapter, with the gradients' norm clipped first.
 
 use liger_model::{Adapter, ModelConfig};
-use liger_tensor::{AdamwStep, Ops};
+use liger_tensor::{AdamwParameter, AdamwStep, Ops};
 
 use crate::error::Result;
 use crate::recipe::TrainRecipe;
@@ -54,10 +54,17 @@ impl Optimizer {
             gradient_scale,
         };
         let moments = self.first.matrices_mut().zip(self.second.matrices_mut());
-        for ((parameter, (_, gradient)), (first, second)) in adapter.matrices_mut().zip(gradients.named()).zip(moments)
-        {
-            ops.adamw(parameter, gradient, first, second, update)?;
-        }
-        Ok(())
+        let mut parameters: Vec<AdamwParameter<'_>> = adapter
+            .matrices_mut()
+            .zip(gradients.named())
+            .zip(moments)
+            .map(|((value, (_, gradient)), (first_moment, second_moment))| AdamwParameter {
+                value,
+                gradient,
+                first_moment,
+                second_moment,
+            })
+            .collect();
+        Ok(ops.adamw(&mut parameters, update)?)
     }
 }

@@ -8,7 +8,7 @@ use liger_model::{
     Adapter, Checkpoint, Decoder, GenerateOptions, Generator, LigerConfig, Message, Recompute, Sampling, files,
 };
 use liger_train::data::{Document, Documents, OwnText, write_conversations};
-use liger_train::{Event, Finished, Recipe, StepRecord, Trainer};
+use liger_train::{Event, Finished, Recipe, StepRecord, Trainer, logit_bytes};
 
 use crate::common::{DeviceArgs, RecomputeArg, mebibytes, parse_count, prepare_folder, print};
 use crate::interrupt::{self, Interrupted};
@@ -319,7 +319,7 @@ fn tune(
     let (training, validation) = (texts.training.clone(), &texts.validation);
     let tokens = recipe.train.micro_batch * recipe.data.length;
     let recompute = args.recompute.choose(student, tokens);
-    tell_memory(student, tokens, recompute)?;
+    tell_memory(student, recipe, recompute)?;
     let mut trainer = Trainer::new(student.clone(), recipe.clone(), training, validation, out, args.resume, recompute)?;
     let mut progress = Progress::new("tune", "steps", trainer.steps());
     if trainer.step() > 0 {
@@ -350,11 +350,13 @@ fn texts_of(count: usize) -> String {
 }
 
 /// Says what a step needs of a device's own memory, and refuses what cannot fit.
-fn tell_memory(student: &Decoder, tokens: usize, recompute: Recompute) -> Result<()> {
+fn tell_memory(student: &Decoder, recipe: &Recipe, recompute: Recompute) -> Result<()> {
     let Some((free, total)) = student.ops().memory() else { return Ok(()) };
-    let (kept, weights) = (student.kept_bytes(tokens, recompute), student.weights().bytes());
-    let needed = format!("needs {} of {}", mebibytes(weights + kept), mebibytes(total));
-    if kept > free {
+    let tokens = recipe.train.micro_batch * recipe.data.length;
+    let logits = logit_bytes(student, tokens, recipe.train.objective);
+    let step = student.training_bytes(tokens, recompute) + logits;
+    let needed = format!("needs {} of {}", mebibytes(student.weights().bytes() + step), mebibytes(total));
+    if step > free {
         bail!(
             "tuning {needed}, of which {} are free; use --recompute layer, a smaller `train.micro_batch` or `data.length`",
             mebibytes(free)

@@ -29,6 +29,7 @@ pub(crate) struct Projected<'a> {
 /// What the backward needs again.
 pub(crate) struct LigerActivations {
     pub(crate) window: Tensor,
+    statistics: Option<Tensor>,
     /// `None` where alpha is 0: the branch is not run.
     pub(crate) recurrent: Option<Tensor>,
     branch: Branch,
@@ -61,24 +62,27 @@ impl Liger {
         }
     }
 
-    /// The mixed output `[N, H, D]` and the activations.
+    /// The mixed output `[N, H, D]` and the activations; all of them if it `trains`.
     pub(crate) fn forward(
         &self,
         ops: &dyn Ops,
         x: &Projected<'_>,
         sequences: &Sequences,
         state: Option<(&mut KeyValueCache, &mut [Tensor])>,
+        trains: bool,
     ) -> Result<(Tensor, LigerActivations)> {
         let (cache, recurrent_state) = match state {
             Some((cache, recurrent)) => (Some(cache), Some(recurrent)),
             None => (None, None),
         };
         let mut window = ops.empty(x.q.shape())?;
-        ops.attention_forward(&mut window, x.rope_q, x.rope_k, x.v, sequences, self.spec, cache)?;
+        let mut statistics = if trains { ops.attention_statistics(x.q)? } else { None };
+        let kept = statistics.as_mut();
+        ops.attention_forward(&mut window, x.rope_q, x.rope_k, x.v, sequences, self.spec, cache, kept)?;
         let mut mixed = ops.empty(x.q.shape())?;
         if self.alpha == 0.0 {
             ops.axpby(&mut mixed, self.beta, &window, 0.0)?;
-            return Ok((mixed, LigerActivations { window, recurrent: None, branch: Branch::Off }));
+            return Ok((mixed, LigerActivations { window, statistics, recurrent: None, branch: Branch::Off }));
         }
         let mut recurrent = ops.empty(x.q.shape())?;
         let branch = match self.structure.form() {
@@ -98,7 +102,7 @@ impl Liger {
             }
         };
         ops.combine(&mut mixed, self.alpha, &recurrent, self.beta, &window)?;
-        Ok((mixed, LigerActivations { window, recurrent: Some(recurrent), branch }))
+        Ok((mixed, LigerActivations { window, statistics, recurrent: Some(recurrent), branch }))
     }
 
     /// Gradients of q, k (before RoPE, the recurrent branch's part), of v (both), and of q, k after RoPE.
@@ -123,6 +127,7 @@ impl Liger {
             x.rope_k,
             x.v,
             &activations.window,
+            activations.statistics.as_ref(),
             &dwindow,
             sequences,
             self.spec,
