@@ -36,13 +36,13 @@ fn recurrence(c: &mut Criterion) {
     let mut out = fill(heads, 0.0);
     let mut group = c.benchmark_group("recurrence of 1024 tokens");
     group.throughput(Throughput::Elements(TOKENS as u64));
-    group.bench_function("forward", |b| b.iter(|| cpu.gated_recurrence_forward(&mut out, inputs, None).unwrap()));
+    group.bench_function("forward", |b| b.iter(|| cpu.gated_recurrence_forward(&mut out, inputs, None, None).unwrap()));
     let (mut dq, mut dk, mut dv, mut dg) = (fill(heads, 0.0), fill(kv, 0.0), fill(kv, 0.0), fill(kv, 0.0));
     let dout = fill(heads, 0.1);
     group.bench_function("backward", |b| {
         b.iter(|| {
             let gradients = RecurrenceGradients { q: &mut dq, k: &mut dk, v: &mut dv, log_gate: &mut dg, state: None };
-            cpu.gated_recurrence_backward(gradients, inputs, None, &dout).unwrap();
+            cpu.gated_recurrence_backward(gradients, inputs, None, None, &dout).unwrap();
         });
     });
 }

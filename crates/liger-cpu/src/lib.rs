@@ -147,18 +147,23 @@ impl Ops for Cpu {
         elementwise::axpby(out, b, y, 1.0)
     }
 
-    fn rope(
-        &self,
-        out: &mut Tensor,
-        x: &Tensor,
-        (cos, sin): (&Tensor, &Tensor),
-        inverse: bool,
-        add: Option<&Tensor>,
-    ) -> Result<()> {
+    fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
         elementwise::axpby(out, 1.0, x, 0.0)?;
-        elementwise::rope(out, cos, sin, inverse)?;
+        elementwise::rope(out, angles.0, angles.1, false)
+    }
+
+    fn rope_backward(
+        &self,
+        dx: &mut Tensor,
+        scale: f32,
+        dy: &Tensor,
+        angles: (&Tensor, &Tensor),
+        add: Option<(f32, &Tensor)>,
+    ) -> Result<()> {
+        elementwise::axpby(dx, scale, dy, 0.0)?;
+        elementwise::rope(dx, angles.0, angles.1, true)?;
         match add {
-            Some(add) => elementwise::axpby(out, 1.0, add, 1.0),
+            Some((factor, add)) => elementwise::axpby(dx, factor, add, 1.0),
             None => Ok(()),
         }
     }
@@ -255,6 +260,7 @@ impl Ops for Cpu {
         out: &mut Tensor,
         inputs: Recurrence<'_>,
         state: Option<&mut Tensor>,
+        _kept: Option<&mut Tensor>,
     ) -> Result<()> {
         recurrence::forward(out, inputs, state)
     }
@@ -264,6 +270,7 @@ impl Ops for Cpu {
         gradients: RecurrenceGradients<'_>,
         inputs: Recurrence<'_>,
         initial: Option<&Tensor>,
+        _kept: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
         recurrence::backward(gradients, inputs, initial, dout)

@@ -118,18 +118,18 @@ extern "C" __global__ void rms_norm_backward(act* dx, const act* x, const float*
 
 // out = x turned by cos, sin [N, D/2], plus `add` if there is one; x [N, heads, D], one thread a pair.
 extern "C" __global__ void rope(act* out, const act* x, const act* add, const float* cosines, const float* sines, int heads,
-                                int dim, float sign, long long pairs) {
+                                int dim, float sign, float scale, float add_scale, long long pairs) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= pairs) return;
     int half = dim / 2;
     int d = i % half;
     long long head = i / half;
     long long token = head / heads;
-    float c = cosines[token * half + d], s = sign * sines[token * half + d];
+    float c = scale * cosines[token * half + d], s = sign * scale * sines[token * half + d];
     long long low = head * dim + d, high = low + half;
     float a = to_float(x[low]), b = to_float(x[high]);
     float left = a * c - b * s, right = b * c + a * s;
-    if (add != nullptr) left += to_float(add[low]), right += to_float(add[high]);
+    if (add != nullptr) left += add_scale * to_float(add[low]), right += add_scale * to_float(add[high]);
     out[low] = from_float<act>(left);
     out[high] = from_float<act>(right);
 }

@@ -75,37 +75,40 @@ pub(crate) fn combine(cuda: &Cuda, out: &mut Tensor, a: f32, x: &Tensor, b: f32,
     cuda.launch((Source::Elementwise, "combine"), Launch::over(out.len(), 4), &args)
 }
 
+/// `out = scale R x + factor add`, with R the rotation, or `inverse` that back.
 pub(crate) fn rope(
     cuda: &Cuda,
     out: &mut Tensor,
-    x: &Tensor,
+    (scale, x): (f32, &Tensor),
     (cos, sin): (&Tensor, &Tensor),
     inverse: bool,
-    add: Option<&Tensor>,
+    add: Option<(f32, &Tensor)>,
 ) -> Result<()> {
+    const NAME: &str = "rope";
     let pairs = x.len() / 2;
-    same_length("rope", out, x)?;
+    same_length(NAME, out, x)?;
     checks::rope(x, cos, sin)?;
-    let add = match add {
-        Some(add) => {
-            same_length("rope", add, x)?;
-            cuda.act("rope", add)?
+    let (factor, add) = match add {
+        Some((factor, add)) => {
+            same_length(NAME, add, x)?;
+            (factor, cuda.act(NAME, add)?)
         }
-        None => Arg::Pointer(0),
+        None => (0.0, Arg::Pointer(0)),
     };
-    let sign = if inverse { -1.0 } else { 1.0 };
     let args = [
-        cuda.act("rope", out)?,
-        cuda.act("rope", x)?,
+        cuda.act(NAME, out)?,
+        cuda.act(NAME, x)?,
         add,
-        cuda.f32("rope", cos)?,
-        cuda.f32("rope", sin)?,
+        cuda.f32(NAME, cos)?,
+        cuda.f32(NAME, sin)?,
         int(x.dim(1)),
         int(x.dim(2)),
-        Arg::Float(sign),
+        Arg::Float(if inverse { -1.0 } else { 1.0 }),
+        Arg::Float(scale),
+        Arg::Float(factor),
         long(pairs),
     ];
-    cuda.launch((Source::Elementwise, "rope"), Launch::over(pairs, 1), &args)
+    cuda.launch((Source::Elementwise, NAME), Launch::over(pairs, 1), &args)
 }
 
 pub(crate) fn swiglu_forward(cuda: &Cuda, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {

@@ -274,15 +274,19 @@ impl Ops for Cuda {
         elementwise::combine(self, out, a, x, b, y)
     }
 
-    fn rope(
+    fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
+        elementwise::rope(self, out, (1.0, x), angles, false, None)
+    }
+
+    fn rope_backward(
         &self,
-        out: &mut Tensor,
-        x: &Tensor,
+        dx: &mut Tensor,
+        scale: f32,
+        dy: &Tensor,
         angles: (&Tensor, &Tensor),
-        inverse: bool,
-        add: Option<&Tensor>,
+        add: Option<(f32, &Tensor)>,
     ) -> Result<()> {
-        elementwise::rope(self, out, x, angles, inverse, add)
+        elementwise::rope(self, dx, (scale, dy), angles, true, add)
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
@@ -381,8 +385,14 @@ impl Ops for Cuda {
         out: &mut Tensor,
         inputs: Recurrence<'_>,
         state: Option<&mut Tensor>,
+        kept: Option<&mut Tensor>,
     ) -> Result<()> {
-        recurrence::forward(self, out, inputs, state)
+        recurrence::forward(self, out, inputs, state, kept)
+    }
+
+    fn recurrence_states(&self, inputs: Recurrence<'_>) -> Result<Option<Tensor>> {
+        let chunks = self.batch(inputs.sequences)?.chunk_count;
+        Ok(Some(self.empty_f32(&[chunks, inputs.k.dim(1), inputs.k.dim(2), inputs.v.dim(2)])?))
     }
 
     fn gated_recurrence_backward(
@@ -390,9 +400,10 @@ impl Ops for Cuda {
         gradients: RecurrenceGradients<'_>,
         inputs: Recurrence<'_>,
         initial: Option<&Tensor>,
+        kept: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
-        recurrence::backward(self, gradients, inputs, initial, dout)
+        recurrence::backward(self, gradients, inputs, (initial, kept), dout)
     }
 
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {

@@ -6,7 +6,7 @@ use liger_tensor::{DType, Error, GateAxis, Recurrence, RecurrenceGradients, Resu
 use crate::batch::Batch;
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Kernel, Launch};
-use crate::{Cuda, shared_bytes};
+use crate::{Cuda, shared_bytes, typed};
 
 /// Tokens of a step: `STEP` of the kernels.
 const STEP: usize = 16;
@@ -58,8 +58,20 @@ impl<'a> Problem<'a> {
 
 /// States of all chunks, and the sums of their log gates.
 struct States {
-    states: Block,
+    pointer: u64,
     totals: Block,
+    /// The states' memory, where it is not the caller's.
+    _own: Option<Block>,
+}
+
+/// Where the caller keeps the states of all chunks.
+fn kept_states(p: &Problem<'_>, batch: &Batch, kept: &Tensor) -> Result<u64> {
+    let items = batch.chunk_count * p.sizes.heads.kv;
+    if kept.len() == items * p.sizes.state_len() {
+        return typed("recurrence_states", kept, DType::F32);
+    }
+    let expected = format!("{items} states of {} elements", p.sizes.state_len());
+    Err(Error::Shape { operation: "recurrence_states", found: kept.shape().to_vec(), expected })
 }
 
 /// Where a scan begins and ends: states `[., K, Dk, Dv]`, and which of them belongs to a sequence.
@@ -70,7 +82,13 @@ struct Border {
     write: bool,
 }
 
-pub(crate) fn forward(cuda: &Cuda, out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&mut Tensor>) -> Result<()> {
+pub(crate) fn forward(
+    cuda: &Cuda,
+    out: &mut Tensor,
+    inputs: Recurrence<'_>,
+    state: Option<&mut Tensor>,
+    kept: Option<&mut Tensor>,
+) -> Result<()> {
     const NAME: &str = "gated_recurrence_forward";
     let p = Problem::new(NAME, inputs)?;
     p.sizes.check_out(NAME, out, inputs.sequences)?;
@@ -88,16 +106,16 @@ pub(crate) fn forward(cuda: &Cuda, out: &mut Tensor, inputs: Recurrence<'_>, sta
         }
         None => None,
     };
-    let states = cuda.chunk_states(&p, &batch, None)?;
+    let states = cuda.chunk_states(&p, &batch, None, kept.as_deref())?;
     cuda.scan(&p, &batch, &states, border, false)?;
-    cuda.chunk_rows(out, inputs.q, &p, &batch, &states, false)
+    cuda.chunk_rows(out, inputs.q, &p, &batch, states.pointer, false)
 }
 
 pub(crate) fn backward(
     cuda: &Cuda,
     gradients: RecurrenceGradients<'_>,
     inputs: Recurrence<'_>,
-    initial: Option<&Tensor>,
+    (initial, kept): (Option<&Tensor>, Option<&Tensor>),
     dout: &Tensor,
 ) -> Result<()> {
     const NAME: &str = "gated_recurrence_backward";
@@ -111,11 +129,18 @@ pub(crate) fn backward(
     let sequences = inputs.sequences.list();
 
     // The states before every chunk; those after the last too, if the final ones have a gradient.
-    let states = cuda.chunk_states(&p, &batch, None)?;
+    let kept = if gradients.state.is_none() { kept } else { None };
+    let own = if kept.is_none() { Some(cuda.chunk_states(&p, &batch, None, None)?) } else { None };
+    let before = match (&own, kept) {
+        (Some(own), _) => own.pointer,
+        (None, Some(kept)) => kept_states(&p, &batch, kept)?,
+        (None, None) => 0,
+    };
     let bytes = p.sizes.heads.kv * p.sizes.state_len() * 4;
     let mut final_terms = None;
-    match &gradients.state {
-        Some(dstate) => {
+    match (&gradients.state, &own) {
+        (_, None) => {}
+        (Some(dstate), Some(states)) => {
             let Arg::Pointer(dfinal) = cuda.f32(NAME, dstate)? else { return Ok(()) };
             let finals = cuda.gpu.allocate(sequences.len() * bytes)?;
             cuda.gpu.clear(finals.pointer, sequences.len() * bytes)?;
@@ -126,7 +151,7 @@ pub(crate) fn backward(
                 }
             }
             let border = Border { states: finals.pointer, index: batch.order.pointer, write: true };
-            cuda.scan(&p, &batch, &states, Some(border), false)?;
+            cuda.scan(&p, &batch, states, Some(border), false)?;
             let terms = cuda.gpu.allocate(sequences.len() * p.sizes.heads.kv * p.sizes.gate_dim * 4)?;
             let args =
                 [Arg::Pointer(terms.pointer), Arg::Pointer(finals.pointer), Arg::Pointer(dfinal), Arg::Words(&p.words)];
@@ -135,7 +160,7 @@ pub(crate) fn backward(
             cuda.recurrence_kernel((Source::RecurrenceGradients, "final_gate_terms"), &p, launch, &args)?;
             final_terms = Some(terms);
         }
-        None => {
+        (None, Some(states)) => {
             let border = match initial {
                 Some(initial) => {
                     let Arg::Pointer(states) = cuda.f32(NAME, initial)? else { return Ok(()) };
@@ -143,22 +168,22 @@ pub(crate) fn backward(
                 }
                 None => None,
             };
-            cuda.scan(&p, &batch, &states, border, false)?;
+            cuda.scan(&p, &batch, states, border, false)?;
         }
     }
-    cuda.chunk_rows(gradients.q, dout, &p, &batch, &states, true)?;
+    cuda.chunk_rows(gradients.q, dout, &p, &batch, before, true)?;
     // On the value axis the gates' gradient needs the output.
     let out = match inputs.axis {
         GateAxis::Key => None,
         GateAxis::Value => {
             let out = cuda.tensor(&[inputs.q.dim(0), p.sizes.heads.query, p.sizes.value_dim], cuda.activations)?;
-            cuda.chunk_rows(&out, inputs.q, &p, &batch, &states, false)?;
+            cuda.chunk_rows(&out, inputs.q, &p, &batch, before, false)?;
             Some(out)
         }
     };
-    drop(states);
+    drop(own);
 
-    let dstates = cuda.chunk_states(&p, &batch, Some(dout))?;
+    let dstates = cuda.chunk_states(&p, &batch, Some(dout), None)?;
     let border = match &gradients.state {
         Some(dstate) => {
             let Arg::Pointer(states) = cuda.f32(NAME, dstate)? else { return Ok(()) };
@@ -191,17 +216,28 @@ impl Cuda {
     }
 
     /// What each chunk adds to the state, or with `dout` to the state's gradient.
-    fn chunk_states(&self, p: &Problem<'_>, batch: &Batch, dout: Option<&Tensor>) -> Result<States> {
+    fn chunk_states(
+        &self,
+        p: &Problem<'_>,
+        batch: &Batch,
+        dout: Option<&Tensor>,
+        kept: Option<&Tensor>,
+    ) -> Result<States> {
         const NAME: &str = "chunk_states";
         let items = batch.chunk_count * p.sizes.heads.kv;
-        let states = self.gpu.allocate(items * p.sizes.state_len() * 4)?;
+        let own = if kept.is_none() { Some(self.gpu.allocate(items * p.sizes.state_len() * 4)?) } else { None };
+        let pointer = match (&own, kept) {
+            (Some(own), _) => own.pointer,
+            (None, Some(kept)) => kept_states(p, batch, kept)?,
+            (None, None) => 0,
+        };
         let totals = self.gpu.allocate(items * p.sizes.gate_dim * 4)?;
         let (q, dout) = match dout {
             Some(dout) => (self.act(NAME, p.inputs.q)?, self.act(NAME, dout)?),
             None => (Arg::Pointer(0), Arg::Pointer(0)),
         };
         let args = [
-            Arg::Pointer(states.pointer),
+            Arg::Pointer(pointer),
             Arg::Pointer(totals.pointer),
             self.act(NAME, p.inputs.k)?,
             self.act(NAME, p.inputs.v)?,
@@ -214,7 +250,7 @@ impl Cuda {
         let ([pk, pv, pg], rows) = (p.padded(), STEP * p.slice(self));
         let shared = shared_bytes(self.activations, &[(rows, pk), (rows, pv)], &[(pk, pv), (3 * STEP, pg)]);
         self.recurrence_kernel((Source::RecurrenceChunks, NAME), p, self.per_chunk(p, batch, shared), &args)?;
-        Ok(States { states, totals })
+        Ok(States { pointer, totals, _own: own })
     }
 
     fn recurrence_kernel(&self, kernel: Kernel, p: &Problem<'_>, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
@@ -238,7 +274,7 @@ impl Cuda {
     ) -> Result<()> {
         let border = border.unwrap_or(Border { states: 0, index: 0, write: false });
         let args = [
-            Arg::Pointer(states.states.pointer),
+            Arg::Pointer(states.pointer),
             Arg::Pointer(states.totals.pointer),
             Arg::Pointer(border.states),
             Arg::Int(i32::from(border.write)),
@@ -264,7 +300,7 @@ impl Cuda {
         x: &Tensor,
         p: &Problem<'_>,
         batch: &Batch,
-        states: &States,
+        states: u64,
         gradient: bool,
     ) -> Result<()> {
         let name = if gradient { "chunk_rows_gradient" } else { "chunk_rows" };
@@ -274,7 +310,7 @@ impl Cuda {
             self.act(name, p.inputs.k)?,
             self.act(name, p.inputs.v)?,
             self.f32(name, p.inputs.log_gate)?,
-            Arg::Pointer(states.states.pointer),
+            Arg::Pointer(states),
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];
@@ -309,7 +345,7 @@ impl Cuda {
             self.act(NAME, dout)?,
             self.act(NAME, out.unwrap_or(gradients.q))?,
             self.f32(NAME, log_gate)?,
-            Arg::Pointer(dstates.states.pointer),
+            Arg::Pointer(dstates.pointer),
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];

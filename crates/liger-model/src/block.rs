@@ -138,7 +138,7 @@ impl Context<'_> {
         }
         let rotated = |x: &Tensor| -> Result<Tensor> {
             let mut out = ops.empty(x.shape())?;
-            ops.rope(&mut out, x, (&self.angles.0, &self.angles.1), false, None)?;
+            ops.rope_forward(&mut out, x, (&self.angles.0, &self.angles.1))?;
             Ok(out)
         };
         let (rope_q, rope_k) = (rotated(&q)?, rotated(&k)?);
@@ -252,7 +252,8 @@ impl Context<'_> {
         for (dx, plain) in [&mut dq, &mut dk].into_iter().zip(d.plain.map_or([None, None], |(q, k)| [Some(q), Some(k)]))
         {
             let mut both = ops.empty(dx.shape())?;
-            ops.rope(&mut both, dx, (&self.angles.0, &self.angles.1), true, plain.as_ref())?;
+            let add = plain.as_ref().map(|plain| (d.alpha, plain));
+            ops.rope_backward(&mut both, d.beta, dx, (&self.angles.0, &self.angles.1), add)?;
             *dx = both;
         }
         if let (Some(raw), Some(norms)) = (&activations.raw_qk, &weights.head_norms) {
@@ -304,7 +305,7 @@ impl Context<'_> {
                     self.sequences,
                     mixer.spec(),
                 )?;
-                Ok(LigerGradients { plain: None, v, rope_q, rope_k })
+                Ok(LigerGradients { plain: None, v, rope_q, rope_k, alpha: 0.0, beta: 1.0 })
             }
         }
     }

@@ -270,7 +270,9 @@ impl Decoder {
         let size = self.ops.activations().size();
         // Input, norm and residual; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up;
         // gates and the window's statistics in float32.
-        let whole = (3 * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * (kv + c.num_heads);
+        // One state of every head for 64 tokens.
+        let states = kv * c.head_dim * 4 / 64;
+        let whole = (3 * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * (kv + c.num_heads) + states;
         let layer = if recompute == Recompute::None { whole } else { d * size };
         (layer * c.num_layers + whole + 4 * d * size) * tokens
     }

@@ -258,15 +258,16 @@ pub trait Ops: Send + Sync {
     fn rms_norm_backward(&self, dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()>;
     /// `out = a x + b y`.
     fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()>;
-    /// Rotates the halves of each head of `x [N, heads, D]` by the `angles`, cosines and sines `[N, D/2]`, and adds
-    /// `add` if there is one; `inverse` rotates back, which is also the backward.
-    fn rope(
+    /// Rotates the halves of each head of `x [N, heads, D]` by the `angles`, cosines and sines `[N, D/2]`.
+    fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()>;
+    /// `scale` times `dy` rotated back, plus a factor times another gradient.
+    fn rope_backward(
         &self,
-        out: &mut Tensor,
-        x: &Tensor,
+        dx: &mut Tensor,
+        scale: f32,
+        dy: &Tensor,
         angles: (&Tensor, &Tensor),
-        inverse: bool,
-        add: Option<&Tensor>,
+        add: Option<(f32, &Tensor)>,
     ) -> Result<()>;
     /// `silu(gate) up`.
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()>;
@@ -344,19 +345,27 @@ pub trait Ops: Send + Sync {
     fn softmax_backward(&self, dy: &mut Tensor, y: &Tensor) -> Result<()>;
 
     /// The gated recurrence, chunk by chunk, or by single steps where all sequences have one row.
-    /// `state [slots, K, Dk, Dv]`, by slot: initial state in, final state out; zero and lost if `None`.
+    /// `state [slots, K, Dk, Dv]`, by slot: initial state in, final state out; zero and lost if `None`. `kept` takes the
+    /// states between chunks, which the backward can use again.
     fn gated_recurrence_forward(
         &self,
         out: &mut Tensor,
         inputs: Recurrence<'_>,
         state: Option<&mut Tensor>,
+        kept: Option<&mut Tensor>,
     ) -> Result<()>;
-    /// Gradients given `dout [N, H, Dv]`; `initial [slots, K, Dk, Dv]` is the state that the forward began with.
+    /// Memory for the states between the chunks of a recurrence, where the device's backward has a use for them.
+    fn recurrence_states(&self, _inputs: Recurrence<'_>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+    /// Gradients given `dout [N, H, Dv]`; `initial [slots, K, Dk, Dv]` is the state that the forward began with, `kept` what
+    /// it kept.
     fn gated_recurrence_backward(
         &self,
         gradients: RecurrenceGradients<'_>,
         inputs: Recurrence<'_>,
         initial: Option<&Tensor>,
+        kept: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()>;
 

@@ -1,7 +1,7 @@
 //! The gated recurrence on both axes: chunks against single steps in float64, any split, initial and final states, and
 //! every gradient.
 
-use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Sequences};
+use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Sequences, Tensor};
 use proptest::prelude::any;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestRunner};
@@ -163,7 +163,7 @@ fn one_case(c: &Check<'_>, s: Sizes, strong: bool, seed: u64, splits: &[Vec<usiz
             let gates = &x.gate[done * s.kv * s.gate_dim()..(done + piece) * s.kv * s.gate_dim()];
             let log_gate = c.exact(gates, &[piece, s.kv, s.gate_dim()]);
             let inputs = Recurrence { q: &q, k: &k, v: &v, log_gate: &log_gate, axis: s.axis, sequences: &sequences };
-            c.ops.gated_recurrence_forward(&mut out, inputs, Some(&mut state)).expect(&what);
+            c.ops.gated_recurrence_forward(&mut out, inputs, Some(&mut state), None).expect(&what);
             found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
             done += piece;
         }
@@ -187,10 +187,21 @@ fn one_case(c: &Check<'_>, s: Sizes, strong: bool, seed: u64, splits: &[Vec<usiz
     let inputs = Recurrence { q: &q, k: &k, v: &v, log_gate: &log_gate, axis: s.axis, sequences: &sequences };
     let gradients =
         RecurrenceGradients { q: &mut dq, k: &mut dk, v: &mut dv, log_gate: &mut dgate, state: Some(&mut dstate) };
-    c.ops.gated_recurrence_backward(gradients, inputs, Some(&initial), &tensor(&dout, heads, s.dv)).expect(&what);
+    c.ops.gated_recurrence_backward(gradients, inputs, Some(&initial), None, &tensor(&dout, heads, s.dv)).expect(&what);
     for ((found, expected), name) in
         [&dq, &dk, &dv, &dgate, &dstate].into_iter().zip(&expected).zip(["q", "k", "v", "gate", "state"])
     {
         c.close(&format!("{what}: gradient of {name}"), found, expected);
     }
+
+    // With what the forward kept, the same gradients.
+    let Some(mut kept) = c.ops.recurrence_states(inputs).expect(&what) else { return };
+    let mut out = c.poisoned(&[s.t, heads, s.dv]);
+    c.ops.gated_recurrence_forward(&mut out, inputs, None, Some(&mut kept)).expect(&what);
+    let mut gradients = |kept: Option<&Tensor>| {
+        let d = RecurrenceGradients { q: &mut dq, k: &mut dk, v: &mut dv, log_gate: &mut dgate, state: None };
+        c.ops.gated_recurrence_backward(d, inputs, None, kept, &tensor(&dout, heads, s.dv)).expect(&what);
+        [&dq, &dk, &dv, &dgate].map(|x| c.ops.download(x).expect("download"))
+    };
+    assert!(gradients(Some(&kept)) == gradients(None), "{what}: gradients from kept states");
 }

@@ -108,10 +108,10 @@ fn rope(c: &Check<'_>) {
     let (cos, sin) = (table(f64::cos), table(f64::sin));
     let xt = c.tensor(&x, &[n, heads, d]);
     let mut out = c.poisoned(&[n, heads, d]);
-    c.ops.rope(&mut out, &xt, (&cos, &sin), false, None).expect("rope");
+    c.ops.rope_forward(&mut out, &xt, (&cos, &sin)).expect("rope");
     c.close("rope", &out, &expected);
     let mut back = c.poisoned(&[n, heads, d]);
-    c.ops.rope(&mut back, &out, (&cos, &sin), true, Some(&xt)).expect("rope");
+    c.ops.rope_backward(&mut back, 0.5, &out, (&cos, &sin), Some((1.5, &xt))).expect("rope");
     c.close("rope back, and added", &back, &x.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
     c.ops.combine(&mut out, 0.5, &xt, 2.0, &back).expect("combine");
     c.close("combine", &out, &x.iter().map(|x| 4.5 * x).collect::<Vec<_>>());

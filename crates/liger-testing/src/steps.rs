@@ -165,7 +165,7 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
         let angles = angles.map(|a| c.exact(&a, &[texts, dim / 2]));
         let rotated = |x: &Tensor| {
             let mut out = c.poisoned(x.shape());
-            ops.rope(&mut out, x, (&angles[0], &angles[1]), false, None).expect("rope");
+            ops.rope_forward(&mut out, x, (&angles[0], &angles[1])).expect("rope");
             out
         };
         let mut window = c.poisoned(&[texts, heads, dim]);
@@ -203,7 +203,7 @@ fn recurrence(
             let mut log_gate = c.poisoned_exact(k.shape());
             ops.features_forward(&mut query, &mut key, &mut log_gate, q, k, spec).expect("features");
             let inputs = Recurrence { q: &query, k: &key, v, log_gate: &log_gate, axis: GateAxis::Key, sequences };
-            ops.gated_recurrence_forward(&mut out, inputs, states.first_mut()).expect("recurrence");
+            ops.gated_recurrence_forward(&mut out, inputs, states.first_mut(), None).expect("recurrence");
         }
         StepForm::Slots(m) => {
             let (mut log_gate, mut write) = (c.poisoned_exact(&shape(m)), c.poisoned(&shape(m)));
@@ -211,10 +211,10 @@ fn recurrence(
             let mut weights = c.poisoned(&[q.dim(0), q.dim(1), m]);
             let [first, second] = states else { panic!("gsa has two states") };
             let inputs = Recurrence { q, k, v: &write, log_gate: &log_gate, axis: GateAxis::Value, sequences };
-            ops.gated_recurrence_forward(&mut weights, inputs, Some(first)).expect("recurrence");
+            ops.gated_recurrence_forward(&mut weights, inputs, Some(first), None).expect("recurrence");
             ops.softmax_forward(&mut weights).expect("softmax");
             let inputs = Recurrence { q: &weights, k: &write, v, log_gate: &log_gate, axis: GateAxis::Key, sequences };
-            ops.gated_recurrence_forward(&mut out, inputs, Some(second)).expect("recurrence");
+            ops.gated_recurrence_forward(&mut out, inputs, Some(second), None).expect("recurrence");
         }
     }
     Some(out)

@@ -276,12 +276,13 @@ impl Bench<'_> {
                 sequences: &sequences,
             };
             let dout = random(heads, 4)?;
-            let forward = self.median(20, || Ok(ops.gated_recurrence_forward(&mut out, inputs(), None)?))?;
+            let mut kept = ops.recurrence_states(inputs())?;
+            let forward = self.median(20, || Ok(ops.gated_recurrence_forward(&mut out, inputs(), None, None)?))?;
             let mut both = || {
-                ops.gated_recurrence_forward(&mut out, inputs(), None)?;
+                ops.gated_recurrence_forward(&mut out, inputs(), None, kept.as_mut())?;
                 let (q, k, v, log_gate) = (&mut q, &mut k, &mut dv, &mut dgate);
                 let gradients = RecurrenceGradients { q, k, v, log_gate, state: None };
-                Ok(ops.gated_recurrence_backward(gradients, inputs(), None, &dout)?)
+                Ok(ops.gated_recurrence_backward(gradients, inputs(), None, kept.as_ref(), &dout)?)
             };
             let total = self.median(20, &mut both)?;
             self.profile("in both passes", &mut both)?;

@@ -37,7 +37,7 @@ pub(crate) struct LigerActivations {
 
 enum Branch {
     Off,
-    Features { query: Tensor, key: Tensor, log_gate: Tensor },
+    Features { query: Tensor, key: Tensor, log_gate: Tensor, states: Option<Tensor> },
     Slots(Slots),
 }
 
@@ -93,12 +93,13 @@ impl Liger {
                 ops.features_forward(&mut query, &mut key, &mut log_gate, x.q, x.k, spec)?;
                 let inputs = recurrence(&query, &key, x.v, &log_gate, sequences);
                 let state = recurrent_state.and_then(|states| states.first_mut());
-                ops.gated_recurrence_forward(&mut recurrent, inputs, state)?;
-                Branch::Features { query, key, log_gate }
+                let mut states = if trains { ops.recurrence_states(inputs)? } else { None };
+                ops.gated_recurrence_forward(&mut recurrent, inputs, state, states.as_mut())?;
+                Branch::Features { query, key, log_gate, states }
             }
             Form::Slots => {
                 let qkv = (x.q, x.k, x.v);
-                Branch::Slots(Slots::forward(ops, &mut recurrent, qkv, self.slots, sequences, recurrent_state)?)
+                Branch::Slots(Slots::forward(ops, &mut recurrent, qkv, self.slots, sequences, recurrent_state, trains)?)
             }
         };
         ops.combine(&mut mixed, self.alpha, &recurrent, self.beta, &window)?;
@@ -114,8 +115,6 @@ impl Liger {
         sequences: &Sequences,
         dmixed: &Tensor,
     ) -> Result<LigerGradients> {
-        let mut dwindow = ops.empty(x.q.shape())?;
-        ops.axpby(&mut dwindow, self.beta, dmixed, 0.0)?;
         let mut rope_q = ops.empty(x.q.shape())?;
         let mut rope_k = ops.empty(x.k.shape())?;
         let mut v = ops.empty(x.v.shape())?;
@@ -128,20 +127,21 @@ impl Liger {
             x.v,
             &activations.window,
             activations.statistics.as_ref(),
-            &dwindow,
+            dmixed,
             sequences,
             self.spec,
         )?;
+        let Self { alpha, beta, .. } = *self;
         if matches!(activations.branch, Branch::Off) {
-            return Ok(LigerGradients { plain: None, v, rope_q, rope_k });
+            let mut scaled = ops.empty(v.shape())?;
+            ops.axpby(&mut scaled, beta, &v, 0.0)?;
+            return Ok(LigerGradients { plain: None, v: scaled, rope_q, rope_k, alpha, beta });
         }
-        let mut drecurrent = dwindow; // its memory takes the other branch's gradient
-        ops.axpby(&mut drecurrent, self.alpha, dmixed, 0.0)?;
         let mut q = ops.empty(x.q.shape())?;
         let mut k = ops.empty(x.k.shape())?;
         let mut recurrent_v = ops.empty(x.v.shape())?;
         match (&activations.branch, self.structure.form()) {
-            (Branch::Features { query, key, log_gate }, Form::Features(spec)) => {
+            (Branch::Features { query, key, log_gate, states }, Form::Features(spec)) => {
                 let mut dgate = ops.empty_f32(x.k.shape())?;
                 let gradients = RecurrenceGradients {
                     q: &mut q,
@@ -151,26 +151,29 @@ impl Liger {
                     state: None,
                 };
                 let inputs = recurrence(query, key, x.v, log_gate, sequences);
-                ops.gated_recurrence_backward(gradients, inputs, None, &drecurrent)?;
+                ops.gated_recurrence_backward(gradients, inputs, None, states.as_ref(), dmixed)?;
                 ops.features_backward(&mut q, &mut k, &dgate, x.q, x.k, spec)?;
             }
             (Branch::Slots(slots), _) => {
                 let gradients = SlotsGradients { q: &mut q, k: &mut k, v: &mut recurrent_v };
-                slots.backward(ops, gradients, (x.q, x.k, x.v), sequences, &drecurrent)?;
+                slots.backward(ops, gradients, (x.q, x.k, x.v), sequences, dmixed)?;
             }
             (Branch::Features { .. }, Form::Slots) | (Branch::Off, _) => {}
         }
-        ops.axpby(&mut v, 1.0, &recurrent_v, 1.0)?;
-        Ok(LigerGradients { plain: Some((q, k)), v, rope_q, rope_k })
+        ops.axpby(&mut v, alpha, &recurrent_v, beta)?;
+        Ok(LigerGradients { plain: Some((q, k)), v, rope_q, rope_k, alpha, beta })
     }
 }
 
-/// See [`Liger::backward`].
+/// See [`Liger::backward`]. All gradients are linear in that of the output, so the branches' weights come last: `alpha` and
+/// `beta` are still to be multiplied to `plain` and to `rope_q`, `rope_k`.
 pub(crate) struct LigerGradients {
     pub(crate) plain: Option<(Tensor, Tensor)>,
     pub(crate) v: Tensor,
     pub(crate) rope_q: Tensor,
     pub(crate) rope_k: Tensor,
+    pub(crate) alpha: f32,
+    pub(crate) beta: f32,
 }
 
 fn recurrence<'a>(

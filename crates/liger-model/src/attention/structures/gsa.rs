@@ -16,6 +16,8 @@ pub(crate) struct Slots {
     write: Tensor,
     /// Soft-maxed scores `[N, H, M]`.
     weights: Tensor,
+    /// States between chunks of the two passes.
+    states: [Option<Tensor>; 2],
 }
 
 /// Where the gradients of q, k, v go, each overwritten.
@@ -33,6 +35,7 @@ impl Slots {
         slots: usize,
         sequences: &Sequences,
         states: Option<&mut [Tensor]>,
+        trains: bool,
     ) -> Result<Self> {
         let (n, heads, kv) = (q.dim(0), q.dim(1), k.dim(1));
         let (mut first_state, mut second_state) = (None, None);
@@ -44,11 +47,15 @@ impl Slots {
         ops.slot_gates_forward(&mut log_gate, &mut write, k)?;
         let mut weights = ops.empty(&[n, heads, slots])?;
         let first = Recurrence { q, k, v: &write, log_gate: &log_gate, axis: GateAxis::Value, sequences };
-        ops.gated_recurrence_forward(&mut weights, first, first_state)?;
+        let room = |inputs| if trains { ops.recurrence_states(inputs) } else { Ok(None) };
+        let mut first_kept = room(first)?;
+        ops.gated_recurrence_forward(&mut weights, first, first_state, first_kept.as_mut())?;
         ops.softmax_forward(&mut weights)?;
         let second = Recurrence { q: &weights, k: &write, v, log_gate: &log_gate, axis: GateAxis::Key, sequences };
-        ops.gated_recurrence_forward(out, second, second_state)?;
-        Ok(Self { log_gate, write, weights })
+        let mut second_kept = room(second)?;
+        ops.gated_recurrence_forward(out, second, second_state, second_kept.as_mut())?;
+        let states = [first_kept, second_kept];
+        Ok(Self { log_gate, write, weights, states })
     }
 
     pub(crate) fn backward(
@@ -59,14 +66,14 @@ impl Slots {
         sequences: &Sequences,
         dout: &Tensor,
     ) -> Result<()> {
-        let Self { log_gate, write, weights } = self;
+        let Self { log_gate, write, weights, states: [first_kept, second_kept] } = self;
         let mut dweights = ops.empty(weights.shape())?;
         let mut dwrite = ops.empty(write.shape())?;
         let mut dgate = ops.empty_f32(write.shape())?;
         let second = Recurrence { q: weights, k: write, v, log_gate, axis: GateAxis::Key, sequences };
         let gradients =
             RecurrenceGradients { q: &mut dweights, k: &mut dwrite, v: d.v, log_gate: &mut dgate, state: None };
-        ops.gated_recurrence_backward(gradients, second, None, dout)?;
+        ops.gated_recurrence_backward(gradients, second, None, second_kept.as_ref(), dout)?;
         ops.softmax_backward(&mut dweights, weights)?;
 
         let mut first_dwrite = ops.empty(write.shape())?;
@@ -74,7 +81,7 @@ impl Slots {
         let first = Recurrence { q, k, v: write, log_gate, axis: GateAxis::Value, sequences };
         let gradients =
             RecurrenceGradients { q: d.q, k: &mut *d.k, v: &mut first_dwrite, log_gate: &mut first_dgate, state: None };
-        ops.gated_recurrence_backward(gradients, first, None, &dweights)?;
+        ops.gated_recurrence_backward(gradients, first, None, first_kept.as_ref(), &dweights)?;
         ops.axpby(&mut dwrite, 1.0, &first_dwrite, 1.0)?;
         ops.axpby(&mut dgate, 1.0, &first_dgate, 1.0)?;
         Ok(ops.slot_gates_backward(d.k, &dgate, &dwrite, k)?)
