@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use liger_model::{Adapter, Decoder, Result};
+use liger_model::{Decoder, Result};
 use serde::Serialize;
 
 /// What one step costs.
@@ -21,20 +21,14 @@ pub struct StepCost {
 ///
 /// # Errors
 /// If the device fails.
-pub fn step_cost(
-    decoder: &Decoder,
-    adapter: Option<&Adapter>,
-    context: usize,
-    texts: usize,
-    steps: usize,
-) -> Result<StepCost> {
+pub fn step_cost(decoder: &Decoder, context: usize, texts: usize, steps: usize) -> Result<StepCost> {
     let mut state = decoder.new_state(texts)?;
     let tokens: Vec<(usize, u32)> = (0..texts).map(|slot| (slot, 0)).collect();
     state.pretend_position(context, decoder.ops())?;
     let mut times = Vec::with_capacity(steps);
     for _ in 0..steps + 2 {
         let start = Instant::now();
-        let logits = decoder.step(&mut state, &tokens, adapter)?;
+        let logits = decoder.step(&mut state, &tokens, None)?;
         decoder.ops().argmax(logits)?;
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }

@@ -142,9 +142,9 @@ impl Bench<'_> {
         let mut table = Table::new(["decode after", "ms/step", "tokens/s", "state", "share of the copy's speed"]);
         let mut rows = Vec::new();
         for &length in lengths {
-            let cost = step_cost(self.decoder, None, length, batch, self.args.repeat.max(3) * 4)?;
+            let cost = step_cost(self.decoder, length, batch, self.args.repeat.max(3) * 4)?;
             self.profile("in some steps", || {
-                step_cost(self.decoder, None, length, batch, 8)?;
+                step_cost(self.decoder, length, batch, 8)?;
                 Ok(())
             })?;
             let bytes = self.weight_bytes_read() + cost.state_bytes;

@@ -133,10 +133,11 @@ pub fn run(args: &Args) -> Result<()> {
 
     let scores = measure(args, &teacher, &student, &adapter, &recipe, &texts)?;
     let answers = ask_both(args, &checkpoint, &teacher, &student, &adapter)?;
-    let costs = |decoder: &Decoder, adapter: Option<&Adapter>| -> Result<Vec<_>> {
-        Ok(CONTEXTS.iter().map(|&context| step_cost(decoder, adapter, context, 1, 8)).collect::<Result<_, _>>()?)
+    // The student as it is saved: with the adapter merged into the weights.
+    let costs = |decoder: &Decoder| -> Result<Vec<_>> {
+        Ok(CONTEXTS.iter().map(|&context| step_cost(decoder, context, 1, 8)).collect::<Result<_, _>>()?)
     };
-    let costs = [costs(&teacher, None)?, costs(&student, Some(&adapter))?];
+    let costs = [costs(&teacher)?, costs(&student)?];
     save_model(&out, &student, Some(&adapter), &checkpoint, checkpoint.stored_dtype, SaveFormat::Liger)?;
     let report = ConversionReport {
         model: format!("{} as Liger {}", file_name(&args.model), recipe.liger.structure),
