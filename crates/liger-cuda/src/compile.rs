@@ -120,6 +120,11 @@ impl Source {
 
     /// The whole program of one variant.
     fn program(self, variant: Variant) -> String {
+        self.preamble(variant) + "#line 1 \"" + self.name() + "\"\n" + self.text()
+    }
+
+    /// What stands before the file's text: type of activations, sizes, headers.
+    fn preamble(self, variant: Variant) -> String {
         let mut program = String::new();
         if variant.activations == DType::Bf16 {
             program.push_str("#define ACT_BF16\n");
@@ -127,7 +132,7 @@ impl Source {
         for (name, size) in self.sizes().iter().zip(variant.sizes) {
             program.push_str(&format!("#define {name} {size}\n"));
         }
-        program + &self.headers().concat() + "#line 1 \"" + self.name() + "\"\n" + self.text()
+        program + &self.headers().concat()
     }
 }
 
@@ -149,11 +154,23 @@ fn options(arch: &str) -> Vec<String> {
 /// # Errors
 /// If NVRTC cannot be found, or the compiler's messages.
 pub fn compile(source: Source, variant: Variant, arch: &str) -> Result<Compiled, String> {
+    compile_text(source.name(), &source.program(variant), arch)
+}
+
+/// The same of a file that is no [`Source`], in the place of `source`: for kernels that are tried or kept beside the others.
+///
+/// # Errors
+/// As [`compile`].
+pub fn compile_instead(source: Source, text: &str, variant: Variant, arch: &str) -> Result<Compiled, String> {
+    compile_text("a kernel", &(source.preamble(variant) + text), arch)
+}
+
+fn compile_text(name: &str, program: &str, arch: &str) -> Result<Compiled, String> {
     crate::libraries::open_compiler()?;
-    let failed = |what: &str| format!("{}: NVRTC: {what}", source.name());
-    let text = CString::new(source.program(variant)).map_err(|e| failed(&e.to_string()))?;
-    let name = CString::new(source.name()).map_err(|e| failed(&e.to_string()))?;
-    let program = result::create_program(&text, Some(&name)).map_err(|e| failed(&e.to_string()))?;
+    let failed = |what: &str| format!("{name}: NVRTC: {what}");
+    let text = CString::new(program).map_err(|e| failed(&e.to_string()))?;
+    let file = CString::new(name).map_err(|e| failed(&e.to_string()))?;
+    let program = result::create_program(&text, Some(&file)).map_err(|e| failed(&e.to_string()))?;
     // SAFETY: the program was just made, and is destroyed once, below.
     let outcome = unsafe { result::compile_program(program, &options(arch)) };
     // SAFETY: as above.
@@ -161,7 +178,7 @@ pub fn compile(source: Source, variant: Variant, arch: &str) -> Result<Compiled,
     let log: String = log.iter().map(|&c| c as u8 as char).filter(|&c| c != '\0').collect();
     let code = match outcome {
         Ok(()) => cubin(program).map_err(|e| failed(&e)),
-        Err(e) => Err(format!("{}: {e}\n{log}", source.name())),
+        Err(e) => Err(format!("{name}: {e}\n{log}")),
     };
     // SAFETY: as above; nothing uses it later.
     let _ = unsafe { result::destroy_program(program) };

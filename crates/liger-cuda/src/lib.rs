@@ -30,7 +30,7 @@ use liger_tensor::{
 };
 
 use batch::{Batch, Batches};
-pub use compile::{Compiled, Source, Variant, compile};
+pub use compile::{Compiled, Source, Variant, compile, compile_instead};
 use driver::{Arg, Block, Gpu, Kernel, Launch, long};
 
 /// A GPU as a device.

@@ -4,7 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
-use liger_cuda::{Source, Variant, compile};
+use liger_cuda::{Source, Variant, compile, compile_instead};
 use liger_tensor::DType;
 
 /// Sizes to compile for: Llama 3 at 1B and 8B, SmolLM2, and gsa's axis.
@@ -55,4 +55,23 @@ fn ampere() {
 #[test]
 fn float32() {
     check("sm_80", DType::F32, 1);
+}
+
+/// The versions that are kept in `lab/` still compile, with the headers of today.
+#[test]
+fn lab() {
+    let kept = [
+        (Source::FewRows, include_str!("../lab/gemv.cu")),
+        (Source::FewRows, include_str!("../lab/few_rows_in_rounds.cu")),
+        (Source::Attention, include_str!("../lab/attention_64_keys.cu")),
+        (Source::Loss, include_str!("../lab/loss_one_by_one.cu")),
+    ];
+    for (source, text) in kept {
+        let variant = Variant { activations: DType::Bf16, sizes: sizes(source)[0] };
+        match compile_instead(source, text, variant, "sm_90a") {
+            Ok(compiled) => assert!(!compiled.code.is_empty()),
+            Err(e) if e.contains("not found") && std::env::var_os("LIGER_NEEDS_NVRTC").is_none() => return,
+            Err(e) => panic!("{source:?}: {e}"),
+        }
+    }
 }

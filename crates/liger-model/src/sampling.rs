@@ -31,22 +31,22 @@ impl Default for Sampling {
 impl Sampling {
     /// Chooses from `logits [1, V]` on a device: there where it can be done, else here.
     pub(crate) fn choose(&self, ops: &dyn Ops, logits: &Tensor, seen: &[u32], rng: &mut ChaCha8Rng) -> Result<u32> {
-        let mut chosen = None;
-        if self.repetition_penalty == 1.0 && self.temperature <= 0.0 {
-            chosen = ops.argmax(logits)?.first().copied();
-        } else if self.repetition_penalty == 1.0 {
+        if self.repetition_penalty == 1.0 {
             let Self { temperature, top_k, top_p, min_p, .. } = *self;
-            let draws = [rng.clone().random::<f32>()];
-            let tokens = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &draws)?;
-            chosen = tokens.and_then(|tokens| tokens.first().copied());
-            if chosen.is_some() {
-                let _: f32 = rng.random();
+            let ids = if temperature <= 0.0 {
+                Some(ops.argmax(logits)?)
+            } else {
+                // Taken from the stream only where the device uses it: `pick` takes its own.
+                let mut after = rng.clone();
+                let draw = after.random::<f32>();
+                let drawn = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &[draw])?;
+                drawn.inspect(|_| *rng = after)
+            };
+            if let Some(&id) = ids.as_deref().and_then(|ids| ids.first()) {
+                return Ok(id);
             }
         }
-        match chosen {
-            Some(id) => Ok(id),
-            None => Ok(self.pick(&mut ops.download(logits)?, seen, rng)),
-        }
+        Ok(self.pick(&mut ops.download(logits)?, seen, rng))
     }
 
     /// Picks a token; `seen` are those that the repetition penalty counts.
