@@ -1,11 +1,5 @@
 // Feature maps of query and key, and the gates that come out of the key. One warp a row of a head.
 
-#define MAP_SOFTMAX 0
-#define GATE_LOG_SIGMOID 0
-#define GATE_MEAN_LOG_SIGMOID 1
-#define GATE_MEAN_NEGATIVE_SOFTPLUS 2
-#define GATE_NEGATIVE_EXP 3
-
 __device__ __forceinline__ float row_mean(const act* x, int dim) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < dim; i += 32) sum += to_float(x[i]);
@@ -166,8 +160,6 @@ extern "C" __global__ void features_backward_fours(act* dy, const float* dgates,
     }
     if (inside) store4(dy + element, d);
 }
-
-#define GSA_DIVISOR 16.0f
 
 __device__ __forceinline__ float pooled(const act* k, int m, int slots, int dim, int& first, int& last) {
     first = m * dim / slots, last = ((m + 1) * dim + slots - 1) / slots;

@@ -6,12 +6,7 @@
 // Every state element is read and written once, by the same thread.
 
 #define THREADS 256
-#define MAP_SOFTMAX 0
-#define GATE_LOG_SIGMOID 0
-#define GATE_MEAN_LOG_SIGMOID 1
-#define GATE_MEAN_NEGATIVE_SOFTPLUS 2
 #define LOWEST_GATE (-40.0f)
-#define SLOT_DIVISOR 16.0f
 #define WIDEST (SLOTS > DIM ? SLOTS : DIM)
 // Leading dimension of keys and values in shared memory: rows begin in different banks.
 #define ROW (DIM + 8)
@@ -221,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             int from = slot_at * DIM / SLOTS, to = ((slot_at + 1) * DIM + SLOTS - 1) / SLOTS;
             float pooled = 0.0f;
             for (int d = from; d < to; d++) pooled += m.k[d];
-            float g = -softplus(-pooled / (to - from)) / SLOT_DIVISOR;
+            float g = -softplus(-pooled / (to - from)) / GSA_DIVISOR;
             m.decay[slot_at] = decay_of(g), m.key[slot_at] = -expm1f(g);
         }
         for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) m.query[i / DIM][i % DIM] = m.q[i / DIM][i % DIM];

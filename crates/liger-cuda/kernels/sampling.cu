@@ -1,13 +1,17 @@
 // Choosing the next token from rows of logits: the largest, or one drawn.
 
+// An integer that is ordered as the numbers are.
+__device__ __forceinline__ u32 ordered(float x) {
+    u32 bits = __float_as_uint(x);
+    return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
 // Index of the largest of a row, the last of equals, in the lower half of `found`, which must be 0 before. Grid (shares, rows).
 extern "C" __global__ void argmax(u64* found, const act* logits, int vocabulary) {
     const act* row = logits + static_cast<long long>(blockIdx.y) * vocabulary;
     u64 best = 0;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < vocabulary; i += gridDim.x * blockDim.x) {
-        // As an integer that is ordered as the number is.
-        u32 bits = __float_as_uint(to_float(row[i]));
-        u64 key = static_cast<u64>(bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u)) << 32 | static_cast<u32>(i);
+        u64 key = static_cast<u64>(ordered(to_float(row[i]))) << 32 | static_cast<u32>(i);
         best = key > best ? key : best;
     }
     for (int offset = 16; offset > 0; offset >>= 1) {
@@ -34,14 +38,10 @@ struct Row {
     float top, floor, temperature;
     u32 lowest;
 
-    __device__ __forceinline__ static u32 key(float x) {
-        u32 bits = __float_as_uint(x);
-        return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-    }
     // Weight of token i, 0 if it is out.
     __device__ __forceinline__ u64 weight(int i, u32& key_of) const {
         float x = to_float(logits[i]);
-        key_of = key(x);
+        key_of = ordered(x);
         if (!(x >= floor) || key_of < lowest) return 0;
         return static_cast<u64>(__expf((x - top) / temperature) * 4294967296.0f) + 1;
     }

@@ -50,6 +50,7 @@ pub enum Source {
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
 const TILE: &str = include_str!("../kernels/tile.cuh");
+const GATES: &str = include_str!("../kernels/gates.cuh");
 const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
@@ -113,6 +114,7 @@ impl Source {
     fn headers(self) -> &'static [&'static str] {
         match self {
             Self::Attention => &[COMMON, TILE],
+            Self::Features | Self::LigerStep => &[COMMON, GATES],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => &[COMMON, TILE, RECURRENCE],
             _ => &[COMMON],
         }

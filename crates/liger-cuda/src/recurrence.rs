@@ -101,7 +101,7 @@ pub(crate) fn forward(
     }
     let border = match &state {
         Some(state) => {
-            let Arg::Pointer(states) = cuda.f32(NAME, state)? else { return Ok(()) };
+            let states = typed(NAME, state, DType::F32)?;
             Some(Border { states, index: batch.slots.pointer, write: true })
         }
         None => None,
@@ -141,11 +141,11 @@ pub(crate) fn backward(
     match (&gradients.state, &own) {
         (_, None) => {}
         (Some(dstate), Some(states)) => {
-            let Arg::Pointer(dfinal) = cuda.f32(NAME, dstate)? else { return Ok(()) };
+            let dfinal = typed(NAME, dstate, DType::F32)?;
             let finals = cuda.gpu.allocate(sequences.len() * bytes)?;
             cuda.gpu.clear(finals.pointer, sequences.len() * bytes)?;
             if let Some(initial) = initial {
-                let Arg::Pointer(from) = cuda.f32(NAME, initial)? else { return Ok(()) };
+                let from = typed(NAME, initial, DType::F32)?;
                 for (i, s) in sequences.iter().enumerate() {
                     cuda.gpu.copy(finals.pointer + (i * bytes) as u64, from + (s.slot * bytes) as u64, bytes)?;
                 }
@@ -163,7 +163,7 @@ pub(crate) fn backward(
         (None, Some(states)) => {
             let border = match initial {
                 Some(initial) => {
-                    let Arg::Pointer(states) = cuda.f32(NAME, initial)? else { return Ok(()) };
+                    let states = typed(NAME, initial, DType::F32)?;
                     Some(Border { states, index: batch.slots.pointer, write: false })
                 }
                 None => None,
@@ -186,7 +186,7 @@ pub(crate) fn backward(
     let dstates = cuda.chunk_states(&p, &batch, Some(dout), None)?;
     let border = match &gradients.state {
         Some(dstate) => {
-            let Arg::Pointer(states) = cuda.f32(NAME, dstate)? else { return Ok(()) };
+            let states = typed(NAME, dstate, DType::F32)?;
             Some(Border { states, index: batch.order.pointer, write: true })
         }
         None => None,
@@ -332,12 +332,12 @@ impl Cuda {
     ) -> Result<()> {
         const NAME: &str = "chunk_columns";
         let sums = self.gpu.allocate(batch.chunk_count * p.sizes.heads.kv * p.sizes.gate_dim * 4)?;
-        let gate = typed_gate(gradients.log_gate)?;
+        let gate = self.f32(NAME, gradients.log_gate)?;
         let Recurrence { q, k, v, log_gate, .. } = p.inputs;
         let args = [
             self.act(NAME, gradients.k)?,
             self.act(NAME, gradients.v)?,
-            self.f32(NAME, gate)?,
+            gate,
             Arg::Pointer(sums.pointer),
             self.act(NAME, q)?,
             self.act(NAME, k)?,
@@ -352,7 +352,7 @@ impl Cuda {
         let shared = p.columns_bytes(self.activations, p.slice(self));
         self.recurrence_kernel((Source::RecurrenceGradients, NAME), p, self.per_chunk(p, batch, shared), &args)?;
         let args = [
-            self.f32(NAME, gate)?,
+            gate,
             self.f32(NAME, log_gate)?,
             Arg::Pointer(sums.pointer),
             Arg::Pointer(final_terms.map_or(0, |terms| terms.pointer)),
@@ -362,12 +362,4 @@ impl Cuda {
         let launch = self.per_chunk(p, batch, 0);
         self.recurrence_kernel((Source::RecurrenceGradients, "finish_gates"), p, launch, &args)
     }
-}
-
-/// The gates' gradient is float32 whatever the activations are.
-fn typed_gate(gate: &Tensor) -> Result<&Tensor> {
-    if gate.dtype() == DType::F32 {
-        return Ok(gate);
-    }
-    Err(Error::Storage { operation: "gated_recurrence_backward", found: "bfloat16", expected: "float32 gates" })
 }
