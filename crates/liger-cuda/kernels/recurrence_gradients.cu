@@ -1,193 +1,205 @@
 // The gated recurrence's gradients of k, v and the gates. recurrence.cuh has the method.
 
-// A step of the gradients of k and v token by token from its end; dS is moved back through it.
-__device__ __noinline__ void columns_one_by_one(float* dkt, float* dvt, const act* q, const act* dout, const elem* kt, const elem* vt,
-                                   float* state, const float* b, int start, int count, const Sizes& s, int head) {
-    for (int t = count - 1; t >= 0; t--) {
-        long long row = static_cast<long long>(start + t) * s.heads + head * GROUP;
-        for (int i = threadIdx.x; i < DK * DV; i += THREADS) {
-            int a = i / DV, c = i % DV;
-            float sum = state[a * FV + c];
-            for (int g = 0; g < GROUP; g++) sum += to_float(q[(row + g) * DK + a]) * to_float(dout[(row + g) * DV + c]);
-            state[a * FV + c] = sum;
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < DK + DV; i += THREADS) {
-            float sum = 0.0f;
-            if (i < DK) {
-                for (int c = 0; c < DV; c++) sum += to_float(vt[t * EV + c]) * state[i * FV + c];
-                dkt[t * FK + i] = sum;
-            } else {
-                for (int a = 0; a < DK; a++) sum += to_float(kt[t * EK + a]) * state[a * FV + i - DK];
-                dvt[t * FV + i - DK] = sum;
-            }
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < PK * PV; i += THREADS) {
-            int a = i / PV, c = i % PV, d = AXIS == 0 ? a : c;
-            state[a * FV + c] *= __expf(b[t * FG + d] - (t > 0 ? b[(t - 1) * FG + d] : 0.0f));
-        }
-        __syncthreads();
-    }
-}
+#define ROWS (STEP * SLICE)
+// Rows that a warp meets at once: as many as registers have room for.
+#define AT_ONCE (SLICE % 2 == 0 ? 32 : 16)
 
 // Gradients of k, v, and each chunk's own part of the gates' gradient: local[t] = sum over the chunk's tokens from t on of
 // sum_g(x dx) - y dy, where x, dx are q, dq (AXIS 0) or out, do (AXIS 1), and y, dy are k, dk or v, dv; the whole chunk's
-// goes to chunk_sums [chunks, K, DG]. `dstates`: gradient of the state after each chunk. Grid (chunks, K).
+// goes to chunk_sums [chunks, K, DG]. `dstates`: gradient of the state after each chunk.
+//
+// Of k and v, y is the gated one, with the rows x (q or dout), and `plain` the other, with the rows `others`. Four warps
+// gather the gradient of y, late sums weighed by plain . others; four that of plain, sums of others weighed by y . x. A
+// warp has one step's tokens and meets the rows of that step and all later ones, those of the last step first. Grid
+// (chunks, K).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-    chunk_columns(act* dk_out, act* dv_out, float* local, float* chunk_sums, const act* q, const act* k, const act* v,
+    chunk_columns(act* dk, act* dv, float* local, float* chunk_sums, const act* q, const act* k, const act* v,
                   const act* dout, const act* dq_or_out, const float* gates, const float* dstates,
                   const ChunkInfo* chunks, Sizes s) {
+    constexpr int DP = AXIS == 0 ? DV : DK, PP = AXIS == 0 ? PV : PK, EP = PP + PAD;
+    constexpr int WIDEST = PG > PP ? PG : PP;
+    __shared__ int strong[STEPS];
+    const act *x = AXIS == 0 ? q : dout, *y = AXIS == 0 ? k : v;
+    const act *others = AXIS == 0 ? dout : q, *plain = AXIS == 0 ? v : k;
     ChunkInfo chunk = chunks[blockIdx.x];
-    int head = blockIdx.y;
+    int head = blockIdx.y, own = step_of_warp(), group = LANE >> 2, quad = LANE & 3;
+    bool late = WARP < STEPS;
     long long item = static_cast<long long>(blockIdx.x) * s.kv + head;
     Carver carve;
-    float* state = carve.floats(PK, PV);
-    float* from_start = carve.floats(STEP, PG);
-    float* to_end = carve.floats(STEP, PG);
-    float* b = carve.floats(STEP, PG);
-    float* dkt = carve.floats(STEP, PK);
-    float* dvt = carve.floats(STEP, PV);
-    elem* kt = carve.tile(STEP, PK);
-    elem* vt = carve.tile(STEP, PV);
-    elem* at_end = carve.tile(STEP, PG);
-    elem* undecayed = carve.tile(STEP, PG);
-    elem* qt = carve.tile(ROWS, PK);
-    elem* dot = carve.tile(ROWS, PV);
-    elem* scores = carve.tile(ROWS, STEP);
-    elem* dscores = carve.tile(ROWS, STEP);
-    elem* narrow = carve.tile(PK, PV);
-    load_state(state, dstates + item * DK * DV);
-    float carried = 0.0f;  // of dimension threadIdx.x
-    for (int step = (chunk.len - 1) / STEP; step >= 0; step--) {
-        int start = chunk.start + step * STEP, count = min(STEP, chunk.len - step * STEP);
-        __syncthreads();
-        bool safe = load_gates(from_start, to_end, b, gates, start, count, s, head);
-        load_tokens<PK, DK>(kt, k, start, count, s.kv, head);
-        load_tokens<PV, DV>(vt, v, start, count, s.kv, head);
-        if (!__syncthreads_and(safe)) {
-            columns_one_by_one(dkt, dvt, q, dout, kt, vt, state, b, start, count, s, head);
-        } else {
-            const elem* s_tile = narrow_state(narrow, state);
-            undecay_tile(undecayed, AXIS == 0 ? kt : vt, b);
-            for (int i = threadIdx.x; i < STEP * PG; i += THREADS) {
-                int at = i / PG * EG + i % PG;
-                at_end[at] = from_float<elem>(to_float((AXIS == 0 ? kt : vt)[at]) * to_end[i / PG * FG + i % PG]);
-            }
+    float* c = carve.floats(CHUNK, PG);
+    float* edge = carve.floats(STEPS, PG);  // log gates from a step's first token to the chunk's end
+    elem* xt = carve.tile(ROWS, PG);
+    elem* ot = carve.tile(ROWS, PP);
+    elem* pt = carve.tile(CHUNK, PP);
+    elem* seen = carve.tile(SEEN, PG);
+    elem* narrow = carve.tile(STATE_ROWS, PV);
+    const elem* dstate = load_state(narrow, dstates + item * DK * DV);
+    load_tile<CHUNK, PP, DP, THREADS>(pt, [&](int t) { return token_row(plain, chunk, t, s.kv, head, DP); });
+    load_gates(c, strong, gates, chunk, s, head);
+    for (int d = threadIdx.x; d < PG; d += THREADS) {
+        float sum = 0.0f;
+        for (int i = STEPS - 1; i >= 0; i--) {
+            sum += of_step(c, i, d);
+            edge[i * FG + d] = sum;
+        }
+    }
+    __syncthreads();
+    // What flows through the state after the chunk. `seen` holds y as the chunk's end sees it, for now.
+    load_scaled<CHUNK, PG, DG>(
+        seen, [&](int t) { return token_row(y, chunk, t, s.kv, head, DG); },
+        [&](int t, int d) { return __expf(edge[t / STEP * FG + d] - c[t * FG + d]); });
+    __syncthreads();
+    float acc[WIDEST / 8][4];
+    set_zero(acc);
+    auto& late_sums = reinterpret_cast<float(&)[PG / 8][4]>(acc);
+    auto& early_sums = reinterpret_cast<float(&)[PP / 8][4]>(acc);
+    if (late) {
+        product<PP, false, AXIS == 0>(late_sums, pt, EP, own * STEP, dstate, STATE_LD, 0);
+    } else {
+        product<PG, false, AXIS == 1>(early_sums, seen, EG, own * STEP, dstate, STATE_LD, 0);
+    }
+    __syncthreads();
+    load_seen(seen, y, c, strong, chunk, s, head);
+    bool one_by_one = strong[own];
+#pragma unroll 1
+    for (int i = STEPS - 1; i >= 0; i--) {
+        if (i * STEP >= chunk.len) continue;
+#pragma unroll 1
+        for (int first_g = 0; first_g < GROUP; first_g += SLICE) {
+            // Row r is token r / SLICE of the step, head r % SLICE of the slice.
+            auto row_of = [=](const act* rows, int length, int r) {
+                int g = first_g + r % SLICE;
+                return g < GROUP ? token_row(rows, chunk, i * STEP + r / SLICE, s.heads, head * GROUP + g, length) : nullptr;
+            };
             __syncthreads();
-            // What flows through the state after the step: dv = (k to_end) dS and dk = to_end (v dS^T), or with the gate on
-            // the value axis dk = (v to_end) dS^T and dv = to_end (k dS).
-            for_tiles<STEP, PV>(
-                [&](auto& c, int row, int column) {
-                    product<PK, false, false>(c, AXIS == 0 ? at_end : kt, EK, row, s_tile, EV, column);
-                },
-                [&](int i, int j, float left, float right) {
-                    const float* decay = to_end + i * FG + j;
-                    dvt[i * FV + j] = AXIS == 0 ? left : left * decay[0];
-                    dvt[i * FV + j + 1] = AXIS == 0 ? right : right * decay[1];
-                });
-            for_tiles<STEP, PK>(
-                [&](auto& c, int row, int column) {
-                    product<PV, false, true>(c, AXIS == 0 ? vt : at_end, EV, row, s_tile, EV, column);
-                },
-                [&](int i, int j, float left, float right) {
-                    const float* decay = to_end + i * FG + j;
-                    dkt[i * FK + j] = AXIS == 1 ? left : left * decay[0];
-                    dkt[i * FK + j + 1] = AXIS == 1 ? right : right * decay[1];
-                });
-            for (int first_g = 0; first_g < GROUP; first_g += SLICE) {
-                __syncthreads();
-                load_rows<PK, DK>(qt, q, start, count, s, head, first_g);
-                load_rows<PV, DV>(dot, dout, start, count, s, head, first_g);
-                __syncthreads();
-                decay_tile<ROWS, SLICE>(AXIS == 0 ? qt : dot, from_start);
-                __syncthreads();
-                auto store_scores = [&](elem* to) {
-                    return [=](int i, int j, float left, float right) {
-                        to[i * ES + j] = from_float<elem>(j <= i / SLICE ? left : 0.0f);
-                        to[i * ES + j + 1] = from_float<elem>(j + 1 <= i / SLICE ? right : 0.0f);
-                    };
-                };
-                for_tiles<ROWS, STEP>(
-                    [&](auto& c, int row, int column) {
-                        product<PK, false, true>(c, qt, EK, row, AXIS == 0 ? undecayed : kt, EK, column);
-                    },
-                    store_scores(scores));
-                for_tiles<ROWS, STEP>(
-                    [&](auto& c, int row, int column) {
-                        product<PV, false, true>(c, dot, EV, row, AXIS == 0 ? vt : undecayed, EV, column);
-                    },
-                    store_scores(dscores));
-                __syncthreads();
-                for_tiles<STEP, PV>(
-                    [&](auto& c, int row, int column) {
-                        product<ROWS, true, false>(c, scores, ES, row, dot, EV, column);
-                    },
-                    [&](int i, int j, float left, float right) {
-                        const float* sums = b + i * FG + j;
-                        dvt[i * FV + j] += AXIS == 0 ? left : left * __expf(-sums[0]);
-                        dvt[i * FV + j + 1] += AXIS == 0 ? right : right * __expf(-sums[1]);
-                    });
-                for_tiles<STEP, PK>(
-                    [&](auto& c, int row, int column) {
-                        product<ROWS, true, false>(c, dscores, ES, row, qt, EK, column);
-                    },
-                    [&](int i, int j, float left, float right) {
-                        const float* sums = b + i * FG + j;
-                        dkt[i * FK + j] += AXIS == 1 ? left : left * __expf(-sums[0]);
-                        dkt[i * FK + j + 1] += AXIS == 1 ? right : right * __expf(-sums[1]);
-                    });
-            }
-            // dS before the step. Rows of a group of one slice are still there, and decayed.
-            for (int first_g = 0; step > 0 && first_g < GROUP; first_g += SLICE) {
-                if (GROUP > SLICE) {
-                    __syncthreads();
-                    load_rows<PK, DK>(qt, q, start, count, s, head, first_g);
-                    load_rows<PV, DV>(dot, dout, start, count, s, head, first_g);
-                    __syncthreads();
-                    decay_tile<ROWS, SLICE>(AXIS == 0 ? qt : dot, from_start);
-                    __syncthreads();
-                }
-                update_state<ROWS>(state, qt, dot, from_start, first_g == 0);
-            }
+            load_scaled<ROWS, PG, DG>(
+                xt, [&](int r) { return row_of(x, DG, r); },
+                [&](int r, int d) { return __expf(c[(i * STEP + r / SLICE) * FG + d]); });
+            load_tile<ROWS, PP, DP, THREADS>(ot, [&](int r) { return row_of(others, DP, r); });
             __syncthreads();
-        }
-        for (int i = threadIdx.x; i < STEP * DK; i += THREADS) {
-            int t = i / DK, d = i % DK;
-            if (t < count) {
-                dk_out[(static_cast<long long>(start + t) * s.kv + head) * DK + d] = from_float<act>(dkt[t * FK + d]);
-            }
-        }
-        for (int i = threadIdx.x; i < STEP * DV; i += THREADS) {
-            int t = i / DV, d = i % DV;
-            if (t < count) {
-                dv_out[(static_cast<long long>(start + t) * s.kv + head) * DV + d] = from_float<act>(dvt[t * FV + d]);
-            }
-        }
-        // The gates: from_start's memory takes the terms of the tokens.
-        const act* rows = AXIS == 0 ? q : dout;
-        const elem* y = AXIS == 0 ? kt : vt;
-        const float* dy = AXIS == 0 ? dkt : dvt;
-        for (int i = threadIdx.x; i < STEP * DG; i += THREADS) {
-            int t = i / DG, d = i % DG;
-            if (t >= count) continue;
-            long long row = static_cast<long long>(start + t) * s.heads + head * GROUP;
-            float sum = -to_float(y[t * EG + d]) * dy[t * FG + d];
+            if (own > i) continue;
+            bool strong_step = one_by_one && own == i;
+            if (late && first_g == 0) {
+                // From the beginning of step i + 1 to that of step i, or to the tokens themselves.
 #pragma unroll
-            for (int g = 0; g < GROUP; g++) {
-                sum += to_float(rows[(row + g) * DG + d]) * to_float(dq_or_out[(row + g) * DG + d]);
+                for (int n = 0; n < PG / 8; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int d = 8 * n + 2 * quad + e % 2;
+                        float own_gates = strong_step ? c[(own * STEP + group + e / 2 * 8) * FG + d] : 0.0f;
+                        late_sums[n][e] *= __expf(of_step(c, i, d) - own_gates);
+                    }
+                }
             }
-            from_start[t * FG + d] = sum;
-        }
-        __syncthreads();
-        if (threadIdx.x < DG) {
-            for (int t = count - 1; t >= 0; t--) {
-                carried += from_start[t * FG + threadIdx.x];
-                local[(static_cast<long long>(start + t) * s.kv + head) * DG + threadIdx.x] = carried;
+#pragma unroll 1
+            for (int first = 0; first < ROWS; first += AT_ONCE) {
+                float weights[AT_ONCE / 8][4];
+                set_zero(weights);
+                if (late) {
+                    product<PP, false, true>(weights, pt, EP, own * STEP, ot + first * EP, EP, 0);
+                } else {
+                    product<PG, false, true>(weights, seen, EG, FIRST_SEEN(i) + own * STEP, xt + first * EG, EG, 0);
+                }
+                if (own == i) {
+#pragma unroll
+                    for (int n = 0; n < AT_ONCE / 8; n++) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            int token = group + e / 2 * 8, r = first + 8 * n + 2 * quad + e % 2, t = r / SLICE;
+                            if (t < token) weights[n][e] = 0.0f;
+                            if (!late && strong_step && t >= token) {
+                                const act* y_row = token_row(y, chunk, own * STEP + token, s.kv, head, DG);
+                                const float* c_step = c + own * STEP * FG;
+                                weights[n][e] =
+                                    decayed_product<DG>(row_of(x, DG, r), y_row, c_step + t * FG, c_step + token * FG);
+                            }
+                        }
+                    }
+                }
+                if (!late) {
+                    product_of_sums(early_sums, weights, ot + first * EP, EP);
+                } else if (!strong_step) {
+                    product_of_sums(late_sums, weights, xt + first * EG, EG);
+                } else {
+                    // Copies, so that the others stay in registers.
+                    float sums[PG / 8][4], of_rows[AT_ONCE / 8][4];
+                    copy_sums(sums, late_sums);
+                    copy_sums(of_rows, weights);
+                    auto vector = [=](int r) { return row_of(x, DG, first + r); };
+                    auto token = [=](int r) { return (first + r) / SLICE; };
+                    add_one_by_one<true, DG>(sums, of_rows, c + own * STEP * FG, vector, token);
+                    copy_sums(late_sums, sums);
+                }
             }
         }
     }
-    if (threadIdx.x < DG) chunk_sums[item * DG + threadIdx.x] = carried;
+    __syncthreads();
+    // `seen` has done its work: its memory takes what the tokens add to the gates' gradient.
+    float* terms = reinterpret_cast<float*>(seen);
+    act *dy = AXIS == 0 ? dk : dv, *dplain = AXIS == 0 ? dv : dk;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int t = own * STEP + group + 8 * i;
+        if (t >= chunk.len) continue;
+        long long row = static_cast<long long>(chunk.start + t) * s.kv + head;
+        if (late) {
+#pragma unroll
+            for (int n = 0; n < PG / 8; n++) {
+                int d = 8 * n + 2 * quad;
+                if (d >= DG) continue;
+                float left = late_sums[n][2 * i], right = late_sums[n][2 * i + 1];
+                if (!one_by_one) left *= __expf(-c[t * FG + d]), right *= __expf(-c[t * FG + d + 1]);
+                store2(dy + row * DG + d, left, right);
+                terms[t * FG + d] = -to_float(y[row * DG + d]) * left;
+                terms[t * FG + d + 1] = -to_float(y[row * DG + d + 1]) * right;
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < PP / 8; n++) {
+                int d = 8 * n + 2 * quad;
+                if (d < DP) store2(dplain + row * DP + d, early_sums[n][2 * i], early_sums[n][2 * i + 1]);
+            }
+        }
+    }
+    __syncthreads();
+    // dq_or_out belongs to x: q has dq, dout has out.
+    for (int n = threadIdx.x; n < CHUNK * PG / VECTOR; n += THREADS) {
+        int t = n / (PG / VECTOR), d = n % (PG / VECTOR) * VECTOR;
+        float sum[VECTOR], left[VECTOR], right[VECTOR];
+#pragma unroll
+        for (int e = 0; e < VECTOR; e++) sum[e] = t < chunk.len && d + e < DG ? terms[t * FG + d + e] : 0.0f;
+#pragma unroll 2
+        for (int g = 0; g < GROUP; g++) {
+            load_vector<DG>(left, token_row(x, chunk, t, s.heads, head * GROUP + g, DG), d);
+            load_vector<DG>(right, token_row(dq_or_out, chunk, t, s.heads, head * GROUP + g, DG), d);
+#pragma unroll
+            for (int e = 0; e < VECTOR; e++) sum[e] += left[e] * right[e];
+        }
+#pragma unroll
+        for (int e = 0; e < VECTOR; e++) terms[t * FG + d + e] = sum[e];
+    }
+    __syncthreads();
+    // Sums from each token to its step's end, then with the later steps.
+    for (int n = threadIdx.x; n < STEPS * PG; n += THREADS) {
+        int first = n / PG * STEP, d = n % PG;
+        float sum = 0.0f;
+#pragma unroll
+        for (int t = STEP - 1; t >= 0; t--) {
+            sum += terms[(first + t) * FG + d];
+            terms[(first + t) * FG + d] = sum;
+        }
+    }
+    __syncthreads();
+    for (int n = threadIdx.x; n < STEPS * PG; n += THREADS) {
+        int step = n / PG, d = n % PG;
+        if (d >= DG) continue;
+        float later = 0.0f;
+        for (int i = step + 1; i < STEPS; i++) later += terms[i * STEP * FG + d];
+        for (int t = step * STEP; t < min(chunk.len, (step + 1) * STEP); t++) {
+            local[(static_cast<long long>(chunk.start + t) * s.kv + head) * DG + d] = terms[t * FG + d] + later;
+        }
+        if (step == 0) chunk_sums[item * DG + d] = terms[d] + later;
+    }
 }
 
 // final_terms [sequences, K, DG]: sum of S dS over the other axis, for a text whose final state has a gradient; `states`

@@ -77,6 +77,19 @@ __device__ __forceinline__ void mma(float (&c)[4], const FragmentA& a, const Fra
                  : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
 }
 
+__device__ __forceinline__ u32 scale_pair(u32 x, float low, float high) {
+    return pack(__uint_as_float(x << 16) * low, __uint_as_float(x & 0xffff0000u) * high);
+}
+
+// Every column times a factor: those of the fragment's columns begin at `factors`.
+__device__ __forceinline__ void scale_columns(FragmentA& a, const float* factors) {
+    int at = 2 * (LANE & 3);
+    a.x[0] = scale_pair(a.x[0], factors[at], factors[at + 1]);
+    a.x[1] = scale_pair(a.x[1], factors[at], factors[at + 1]);
+    a.x[2] = scale_pair(a.x[2], factors[at + 8], factors[at + 9]);
+    a.x[3] = scale_pair(a.x[3], factors[at + 8], factors[at + 9]);
+}
+
 // Sums [16, n] as the left factor of another product: the K_STEP columns from `k` of c.
 template <int N> __device__ __forceinline__ void sums_as_a(FragmentA& a, const float (&c)[N][4], int k) {
     int n = k / 8;
@@ -102,6 +115,14 @@ __device__ __forceinline__ u32 to_tf32(float x) {
 __device__ __forceinline__ void split(float x, u32& high, u32& low) {
     high = to_tf32(x);
     low = to_tf32(x - __uint_as_float(high));
+}
+
+__device__ __forceinline__ void scale_columns(FragmentA& a, const float* factors) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float x = __uint_as_float(a.x[i]) + __uint_as_float(a.low[i]);
+        split(x * factors[(LANE & 3) + (i >> 1) * 4], a.x[i], a.low[i]);
+    }
 }
 
 template <bool TRANSPOSED>
@@ -171,6 +192,11 @@ __device__ __forceinline__ void product(float (&c)[N][4], const elem* a, int lda
     }
 }
 
+template <int N> __device__ __forceinline__ void set_zero(float (&c)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.0f;
+}
+
 // c [16, 8 * N] += sums [16, 8 * L] times b [8 * L, .], which is stored [k][n].
 template <int N, int L>
 __device__ __forceinline__ void product_of_sums(float (&c)[N][4], const float (&sums)[L][4], const elem* b, int ldb) {
@@ -192,26 +218,6 @@ __host__ __device__ constexpr int tile_width(int m, int n) {
     int width = 8;
     while (width > 1 && (n / 8 % width != 0 || m / 16 * (n / 8 / width) < 8)) width /= 2;
     return width;
-}
-
-// Shares [M, N] among 8 warps: accumulate(c, row, column) adds products, epilogue(i, j, x, y) takes elements (i, j), (i, j + 1).
-template <int M, int N, class Accumulate, class Epilogue>
-__device__ __forceinline__ void for_tiles(Accumulate accumulate, Epilogue epilogue) {
-    constexpr int TAKEN = tile_width(M, N), ACROSS = N / 8 / TAKEN;
-    int group = LANE >> 2, quad = LANE & 3;
-    for (int task = WARP; task < M / 16 * ACROSS; task += 8) {
-        int row = task / ACROSS * 16, column = task % ACROSS * TAKEN * 8;
-        float c[TAKEN][4];
-#pragma unroll
-        for (int w = 0; w < TAKEN; w++) c[w][0] = c[w][1] = c[w][2] = c[w][3] = 0.0f;
-        accumulate(c, row, column);
-#pragma unroll
-        for (int w = 0; w < TAKEN; w++) {
-            int j = column + 8 * w + 2 * quad;
-            epilogue(row + group, j, c[w][0], c[w][1]);
-            epilogue(row + group + 8, j, c[w][2], c[w][3]);
-        }
-    }
 }
 
 // Rows of `LENGTH` activations into a tile [COUNT, ACROSS + PAD]; source(r) is where row r begins, or null for zeros.

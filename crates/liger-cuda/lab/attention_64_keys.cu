@@ -71,11 +71,6 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-template <int N> __device__ __forceinline__ void set_zero(float (&c)[N][4]) {
-#pragma unroll
-    for (int n = 0; n < N; n++) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0.0f;
-}
-
 // out [N, H, D]; lse [N, H] (may be null): log of the sum of exponentials. A warp has 16 rows, whose scores and sums stay in
 // its registers. Grid (blocks, K).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

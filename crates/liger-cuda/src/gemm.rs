@@ -6,10 +6,11 @@ use std::sync::{Mutex, PoisonError};
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
+use liger_tensor::checks::same_length;
 use liger_tensor::{DType, Error, Gemm, Result, Tensor};
 
 use crate::driver::Block;
-use crate::{Cuda, pointer};
+use crate::{Cuda, pointer, typed};
 
 /// cuBLASLt's scratch: what NVIDIA advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -126,14 +127,28 @@ fn sizes(c: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<(usize, usize,
     Err(Error::Shape { operation: "gemm", found: c.shape().to_vec(), expected })
 }
 
-pub(crate) fn gemm(cuda: &Cuda, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
+/// `base` takes the place of what `c` held.
+pub(crate) fn gemm(
+    cuda: &Cuda,
+    c: &mut Tensor,
+    base: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    how: Gemm,
+) -> Result<()> {
     let (m, n, k) = sizes(c, a, b, how)?;
     if m == 0 || n == 0 {
         return Ok(());
     }
+    if let Some(base) = base {
+        same_length("gemm", base, c)?;
+    }
     let is_plain = !how.transpose_a && how.transpose_b && how.scale == 1.0;
     if is_plain && crate::steps::takes_linear(cuda.activations, a, b) {
-        return crate::steps::linear(cuda, c, a, b, how.accumulate);
+        if let Some(base) = base {
+            cuda.copy("gemm", (c, 0), (base, 0), base.len())?;
+        }
+        return crate::steps::linear(cuda, c, a, b, how.accumulate || base.is_some());
     }
     // Both inputs in one type: the adapters' float32 becomes bfloat16 beside bfloat16 activations.
     let input = if a.dtype() == b.dtype() { a.dtype() } else { cuda.activations };
@@ -146,11 +161,12 @@ pub(crate) fn gemm(cuda: &Cuda, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gem
     }
     let shape = Shape { m, n, k, transpose_a: how.transpose_a, transpose_b: how.transpose_b, input, output: c.dtype() };
     let plan = cuda.products.plan(shape)?;
-    let (alpha, beta) = (how.scale, if how.accumulate { 1.0f32 } else { 0.0 });
+    let (alpha, beta) = (how.scale, if how.accumulate || base.is_some() { 1.0f32 } else { 0.0 });
+    let base = base.map_or_else(|| pointer("gemm", c), |base| typed("gemm", base, c.dtype()))?;
     let c = pointer("gemm", c)?;
     cuda.gpu.bind()?;
     let span = cuda.gpu.begin_span(|| format!("gemm {m} x {n} x {k}, {input:?}"))?;
-    // SAFETY: the three matrices have the sizes of the plan, and the workspace that which the plan was made with.
+    // SAFETY: the matrices have the sizes of the plan, and the workspace that which the plan was made with.
     unsafe {
         result::matmul(
             cuda.products.handle,
@@ -161,7 +177,7 @@ pub(crate) fn gemm(cuda: &Cuda, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gem
             plan.a,
             a as *const c_void,
             plan.b,
-            c as *const c_void,
+            base as *const c_void,
             plan.c,
             c as *mut c_void,
             plan.c,

@@ -251,7 +251,11 @@ impl Ops for Cuda {
     }
 
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
-        gemm::gemm(self, c, a, b, how)
+        gemm::gemm(self, c, None, a, b, how)
+    }
+
+    fn gemm_onto(&self, c: &mut Tensor, base: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
+        gemm::gemm(self, c, Some(base), a, b, how)
     }
 
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {

@@ -3,14 +3,17 @@
 use liger_tensor::checks::{RecurrenceSizes, same_length};
 use liger_tensor::{DType, Error, GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
 
-use crate::batch::Batch;
+use crate::batch::{Batch, CHUNK};
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Kernel, Launch};
 use crate::{Cuda, shared_bytes, typed};
 
-/// Tokens of a step: `STEP` of the kernels.
+/// Tokens of a step, steps of a chunk, and the tokens that the rows of all its steps see: `STEP`, `STEPS` and `SEEN` of the
+/// kernels.
 const STEP: usize = 16;
-/// Query heads of a group whose rows are in shared memory at once, at most: `SLICE` of the kernels.
+const STEPS: usize = CHUNK / STEP;
+const SEEN: usize = STEP * STEPS * (STEPS + 1) / 2;
+/// Query heads of a group whose rows of a step are in shared memory at once, at most: `SLICE` of the kernels.
 const LARGEST_SLICE: usize = 4;
 /// Largest Dk and Dv: beyond, a state does not fit a block's shared memory.
 const LARGEST_HEAD: usize = 128;
@@ -41,17 +44,40 @@ impl<'a> Problem<'a> {
         [pk, pv, if self.inputs.axis == GateAxis::Key { pk } else { pv }]
     }
 
-    /// Shared memory of `chunk_columns`, which needs most.
+    /// Shared memory of a kernel that has, besides gates and a state, tiles of so many rows and columns, and one of what the
+    /// steps see.
+    fn shared(&self, activations: DType, tiles: &[(usize, usize)]) -> usize {
+        let [pk, pv, pg] = self.padded();
+        // In float32 a state without padding stays where it is.
+        let in_place = activations == DType::F32 && (pk, pv) == (self.sizes.heads.dim, self.sizes.value_dim);
+        let mut tiles = tiles.to_vec();
+        tiles.extend([(SEEN, pg), (if in_place { 0 } else { pk }, pv)]);
+        shared_bytes(activations, &tiles, &[(CHUNK + STEPS, pg)])
+    }
+
+    /// Of `chunk_rows`, or `chunk_rows_gradient`.
+    fn rows_bytes(&self, activations: DType, slice: usize, gradient: bool) -> usize {
+        let [pk, pv, pg] = self.padded();
+        let (px, pz) = if gradient { (pv, pk) } else { (pk, pv) };
+        let early = (self.inputs.axis == GateAxis::Key) != gradient;
+        debug_assert_eq!(pg, if early { px } else { pz });
+        self.shared(activations, &[(slice.min(2) * CHUNK, px), (CHUNK, if early { pz } else { px })])
+    }
+
     fn columns_bytes(&self, activations: DType, slice: usize) -> usize {
-        let ([pk, pv, pg], rows) = (self.padded(), STEP * slice);
-        let tiles = [(STEP + rows, pk), (STEP + rows, pv), (2 * STEP, pg), (2 * rows, STEP), (pk, pv)];
-        shared_bytes(activations, &tiles, &[(pk, pv), (3 * STEP, pg), (STEP, pk), (STEP, pv)])
+        let [pk, pv, pg] = self.padded();
+        let plain = if self.inputs.axis == GateAxis::Key { pv } else { pk };
+        self.shared(activations, &[(STEP * slice, pg), (STEP * slice + CHUNK, plain)])
     }
 
     /// As many heads at once as shared memory has room for.
     fn slice(&self, cuda: &Cuda) -> usize {
         let most = self.sizes.heads.group().min(LARGEST_SLICE);
-        let fits = |&slice: &usize| self.columns_bytes(cuda.activations, slice) <= cuda.gpu.largest_shared;
+        let fits = |&slice: &usize| {
+            let rows = |gradient: bool| self.rows_bytes(cuda.activations, slice, gradient);
+            let bytes = rows(false).max(rows(true)).max(self.columns_bytes(cuda.activations, slice));
+            bytes <= cuda.gpu.largest_shared
+        };
         (1..=most).rev().find(fits).unwrap_or(1)
     }
 }
@@ -247,8 +273,8 @@ impl Cuda {
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];
-        let ([pk, pv, pg], rows) = (p.padded(), STEP * p.slice(self));
-        let shared = shared_bytes(self.activations, &[(rows, pk), (rows, pv)], &[(pk, pv), (3 * STEP, pg)]);
+        let [pk, pv, pg] = p.padded();
+        let shared = shared_bytes(self.activations, &[(CHUNK, pk), (CHUNK, pv)], &[(CHUNK + STEPS, pg)]);
         self.recurrence_kernel((Source::RecurrenceChunks, NAME), p, self.per_chunk(p, batch, shared), &args)?;
         Ok(States { pointer, totals, _own: own })
     }
@@ -314,10 +340,7 @@ impl Cuda {
             Arg::Pointer(batch.chunks.pointer),
             Arg::Words(&p.words),
         ];
-        let ([pk, pv, pg], rows) = (p.padded(), STEP * p.slice(self));
-        let px = if gradient { pv } else { pk };
-        let tiles = [(STEP, pk), (STEP, pv), (STEP, pg), (rows, px), (rows, STEP), (pk, pv)];
-        let shared = shared_bytes(self.activations, &tiles, &[(pk, pv), (3 * STEP, pg)]);
+        let shared = p.rows_bytes(self.activations, p.slice(self), gradient);
         self.recurrence_kernel((Source::RecurrenceChunks, name), p, self.per_chunk(p, batch, shared), &args)
     }
 

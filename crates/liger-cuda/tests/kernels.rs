@@ -65,6 +65,7 @@ fn lab() {
         (Source::FewRows, include_str!("../lab/few_rows_in_rounds.cu")),
         (Source::Attention, include_str!("../lab/attention_64_keys.cu")),
         (Source::Loss, include_str!("../lab/loss_one_by_one.cu")),
+        (Source::Attention, include_str!("../lab/recurrence_step_by_step.cu")),
     ];
     for (source, text) in kept {
         let variant = Variant { activations: DType::Bf16, sizes: sizes(source)[0] };

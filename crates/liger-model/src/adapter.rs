@@ -192,7 +192,8 @@ fn mask_seed(seed: u64, layer: usize, target: Target) -> u64 {
     seed.wrapping_mul(0x2545_f491_4f6c_dd1d).wrapping_add((layer * 4 + target as usize) as u64 + 1)
 }
 
-/// `out = x W^T + bias + scale (x A^T) B^T`, or added to `out`; returns x A^T `[N, r]`, which the backward needs again.
+/// `out = x W^T + bias + scale (x A^T) B^T`, plus `base` if there is one; returns x A^T `[N, r]`, which the backward needs
+/// again.
 pub(crate) fn linear_forward(
     ops: &dyn Ops,
     out: &mut Tensor,
@@ -200,9 +201,12 @@ pub(crate) fn linear_forward(
     linear: &Linear,
     (layer, target): (usize, Target),
     tuning: Option<Tuning<'_>>,
-    accumulate: bool,
+    base: Option<&Tensor>,
 ) -> Result<Option<Tensor>> {
-    ops.gemm(out, x, &linear.weight, Gemm { accumulate, ..Gemm::LINEAR })?;
+    match base {
+        Some(base) => ops.gemm_onto(out, base, x, &linear.weight, Gemm::LINEAR)?,
+        None => ops.gemm(out, x, &linear.weight, Gemm::LINEAR)?,
+    }
     if let Some(bias) = &linear.bias {
         ops.add_bias(out, bias)?;
     }
@@ -217,19 +221,25 @@ pub(crate) fn linear_forward(
 }
 
 /// The same for a frozen linear layer without LoRA.
-pub(crate) fn frozen_forward(ops: &dyn Ops, out: &mut Tensor, x: &Tensor, linear: &Linear, add: bool) -> Result<()> {
-    linear_forward(ops, out, x, linear, (0, Target::Q), None, add).map(|_| ())
+pub(crate) fn frozen_forward(
+    ops: &dyn Ops,
+    out: &mut Tensor,
+    x: &Tensor,
+    linear: &Linear,
+    base: Option<&Tensor>,
+) -> Result<()> {
+    linear_forward(ops, out, x, linear, (0, Target::Q), None, base).map(|_| ())
 }
 
-/// Adds the gradients of A and B to `gradients`, and that of `x` to `dx` unless nobody needs it. `low` is what the forward
-/// returned.
+/// Adds the gradients of A and B to `gradients`; that of `x` becomes `dx`, or is added to it if the flag says so, unless
+/// nobody needs it. `low` is what the forward returned.
 ///
 /// With t = x A^T and s the scale: dB = s dy^T t, dt = s dy B, dA = dt^T x, dx = dy W + dt A. No product is of the
 /// size of W but dy W itself.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn linear_backward(
     ops: &dyn Ops,
-    mut dx: Option<&mut Tensor>,
+    mut dx: Option<(&mut Tensor, bool)>,
     dy: &Tensor,
     x: &Tensor,
     low: Option<&Tensor>,
@@ -238,8 +248,8 @@ pub(crate) fn linear_backward(
     tuning: Option<Tuning<'_>>,
     gradients: &mut Adapter,
 ) -> Result<()> {
-    if let Some(dx) = dx.as_deref_mut() {
-        ops.gemm(dx, dy, &linear.weight, Gemm::INPUT_GRADIENT.accumulated())?;
+    if let Some((dx, accumulate)) = &mut dx {
+        ops.gemm(dx, dy, &linear.weight, Gemm { accumulate: *accumulate, ..Gemm::INPUT_GRADIENT })?;
     }
     let lora = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora)));
     let (Some((tuning, lora)), Some(low)) = (lora, low) else { return Ok(()) };
@@ -253,7 +263,7 @@ pub(crate) fn linear_backward(
         ops.gemm(&mut gradient.b, dy, low, Gemm::WEIGHT_GRADIENT.accumulated().scaled(scale))?;
         ops.gemm(&mut gradient.a, &dlow, input, Gemm::WEIGHT_GRADIENT.accumulated())?;
     }
-    let Some(dx) = dx else { return Ok(()) };
+    let Some((dx, _)) = dx else { return Ok(()) };
     match (dropped, tuning.dropout_seed) {
         (Some(mut through), Some(seed)) => {
             // The mask and its factor apply to the gradient as they did to the input.

@@ -81,10 +81,11 @@ pub(crate) struct KeptAll {
 type LayerState<'a> = Option<(&'a mut KeyValueCache, &'a mut [Tensor])>;
 
 impl Context<'_> {
-    /// Turns `x [N, d]` into the block's output in place.
+    /// Turns `x [N, d]` into the block's output.
     pub(crate) fn forward(&self, x: &mut Tensor, state: LayerState<'_>) -> Result<Option<Branches>> {
-        let attention = self.attention_forward(x, state, false)?;
-        self.feed_forward(x)?;
+        let (middle, attention) = self.attention_forward(x, state, false)?;
+        let (gate, up) = self.gate_up(&middle)?;
+        *x = self.down(&middle, &gate, &up)?;
         Ok(attention.liger.map(|liger| Branches {
             layer: self.layer,
             window: liger.window,
@@ -94,23 +95,21 @@ impl Context<'_> {
 
     /// The same without a state, keeping what [`Context::backward`] needs: the input alone, or everything.
     pub(crate) fn forward_keeping(&self, x: &mut Tensor, everything: bool) -> Result<Kept> {
-        let input = copy(self.ops, x)?;
-        if !everything {
-            self.forward(x, None)?;
-            return Ok(Kept::Input(input));
-        }
-        let mut attention = self.attention_forward(x, None, true)?;
+        let (middle, mut attention) = self.attention_forward(x, None, everything)?;
         if let Some(liger) = &mut attention.liger {
             liger.recurrent = None; // only the mix needed it
         }
-        let middle = copy(self.ops, x)?;
-        let (gate, up) = self.gate_up(x)?;
-        self.down(x, &gate, &up)?;
+        let (gate, up) = self.gate_up(&middle)?;
+        let out = self.down(&middle, &gate, &up)?;
+        let input = std::mem::replace(x, out);
+        if !everything {
+            return Ok(Kept::Input(input));
+        }
         Ok(Kept::All(Box::new(KeptAll { input, attention, middle, gate, up })))
     }
 
-    /// Adds the attention's output to `x`; keeps what the backward can use again if it `trains`.
-    fn attention_forward(&self, x: &mut Tensor, state: LayerState<'_>, trains: bool) -> Result<Activations> {
+    /// `x` plus the attention's output, and what the backward needs; all that it can use again if it `trains`.
+    fn attention_forward(&self, x: &Tensor, state: LayerState<'_>, trains: bool) -> Result<(Tensor, Activations)> {
         let Self { ops, config, weights, .. } = *self;
         let n = x.dim(0);
         let mut normed = ops.empty(x.shape())?;
@@ -120,7 +119,7 @@ impl Context<'_> {
             let mut out = ops.empty(&[n, heads * config.head_dim])?;
             let linear = &weights.attention[target as usize];
             low[target as usize] =
-                linear_forward(ops, &mut out, &normed, linear, (self.layer, target), self.tuning, false)?;
+                linear_forward(ops, &mut out, &normed, linear, (self.layer, target), self.tuning, None)?;
             Ok(out.reshaped(&[n, heads, config.head_dim]))
         };
         let mut q = project(Target::Q, config.num_heads)?;
@@ -160,8 +159,11 @@ impl Context<'_> {
         };
         let mixed = mixed.reshaped(&[n, config.num_heads * config.head_dim]);
         let output = &weights.attention[Target::O as usize];
-        low[Target::O as usize] = linear_forward(ops, x, &mixed, output, (self.layer, Target::O), self.tuning, true)?;
-        Ok(Activations { normed, raw_qk, q, k, v, rope_q, rope_k, low, mixed, statistics, liger })
+        let mut middle = ops.empty(x.shape())?;
+        low[Target::O as usize] =
+            linear_forward(ops, &mut middle, &mixed, output, (self.layer, Target::O), self.tuning, Some(x))?;
+        let activations = Activations { normed, raw_qk, q, k, v, rope_q, rope_k, low, mixed, statistics, liger };
+        Ok((middle, activations))
     }
 
     /// Gate and up of the feed-forward layer for `x`.
@@ -171,21 +173,18 @@ impl Context<'_> {
         ops.rms_norm_forward(&mut normed, x, &weights.post_attention_norm, config.rms_norm_eps)?;
         let mut gate = ops.empty(&[x.dim(0), config.intermediate_size])?;
         let mut up = ops.empty(&[x.dim(0), config.intermediate_size])?;
-        frozen_forward(ops, &mut gate, &normed, &weights.gate, false)?;
-        frozen_forward(ops, &mut up, &normed, &weights.up, false)?;
+        frozen_forward(ops, &mut gate, &normed, &weights.gate, None)?;
+        frozen_forward(ops, &mut up, &normed, &weights.up, None)?;
         Ok((gate, up))
     }
 
-    fn feed_forward(&self, x: &mut Tensor) -> Result<()> {
-        let (gate, up) = self.gate_up(x)?;
-        self.down(x, &gate, &up)
-    }
-
-    /// Adds the feed-forward layer's output to `x`.
-    fn down(&self, x: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
+    /// `x` plus the feed-forward layer's output.
+    fn down(&self, x: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         let mut inner = self.ops.empty(gate.shape())?;
         self.ops.swiglu_forward(&mut inner, gate, up)?;
-        frozen_forward(self.ops, x, &inner, &self.weights.down, true)
+        let mut out = self.ops.empty(x.shape())?;
+        frozen_forward(self.ops, &mut out, &inner, &self.weights.down, Some(x))?;
+        Ok(out)
     }
 
     /// Given what the forward kept and the gradient `dx` of the block's output, adds to the adapter's gradients and
@@ -200,8 +199,7 @@ impl Context<'_> {
         let KeptAll { input, attention, middle, gate, up } = match kept {
             Kept::All(all) => *all,
             Kept::Input(input) => {
-                let mut middle = copy(self.ops, &input)?;
-                let attention = self.attention_forward(&mut middle, None, true)?;
+                let (middle, attention) = self.attention_forward(&input, None, true)?;
                 let (gate, up) = self.gate_up(&middle)?;
                 KeptAll { input, attention, middle, gate, up }
             }
@@ -232,12 +230,12 @@ impl Context<'_> {
         let Self { ops, config, weights, .. } = *self;
         let n = dx.dim(0);
         let width = config.num_heads * config.head_dim;
-        let mut dmixed = ops.zeros(&[n, width])?;
+        let mut dmixed = ops.empty(&[n, width])?;
         let at = |target: Target| (self.layer, target);
         let linear = |target: Target| &weights.attention[target as usize];
         linear_backward(
             ops,
-            Some(&mut dmixed),
+            Some((&mut dmixed, false)),
             dx,
             &activations.mixed,
             activations.low[Target::O as usize].as_ref(),
@@ -264,7 +262,7 @@ impl Context<'_> {
             }
         }
         let mut dnormed = match input {
-            Some(input) => Some(ops.zeros(input.shape())?),
+            Some(input) => Some(ops.empty(input.shape())?),
             None => None,
         };
         for (target, dy) in [(Target::Q, dq), (Target::K, dk), (Target::V, dv)] {
@@ -272,7 +270,7 @@ impl Context<'_> {
                 let width = dy.dim(1) * dy.dim(2);
                 dy.reshaped(&[n, width])
             };
-            let (dx, x) = (dnormed.as_mut(), &activations.normed);
+            let (dx, x) = (dnormed.as_mut().map(|dx| (dx, target != Target::Q)), &activations.normed);
             let low = activations.low[target as usize].as_ref();
             linear_backward(ops, dx, &dy, x, low, linear(target), at(target), self.tuning, gradients)?;
         }
@@ -309,10 +307,4 @@ impl Context<'_> {
             }
         }
     }
-}
-
-pub(crate) fn copy(ops: &dyn Ops, x: &Tensor) -> Result<Tensor> {
-    let mut out = ops.empty(x.shape())?;
-    ops.axpby(&mut out, 1.0, x, 0.0)?;
-    Ok(out)
 }

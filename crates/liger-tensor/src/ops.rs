@@ -247,6 +247,11 @@ pub trait Ops: Send + Sync {
 
     /// See [`Gemm`]. Tensors of more than two axes count as `[first, rest]`.
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()>;
+    /// The same with `base`, of c's shape, in the place of what `c` held: `c = scale * op(a) op(b) + base`.
+    fn gemm_onto(&self, c: &mut Tensor, base: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
+        self.axpby(c, 1.0, base, 0.0)?;
+        self.gemm(c, a, b, how.accumulated())
+    }
     /// Adds `bias [M]` to every row of `x [N, M]`.
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()>;
     /// `y = a x + b y`.

@@ -1,7 +1,7 @@
 //! One table of tests that every device runs: each operation against a plain float64 version, each backward against
 //! the float64 gradient, over odd sizes and log gates down to -1e4.
 //!
-//! A device's test file calls [`check_all`] and [`check_drawn`] and nothing else. Failing checks panic with the operation
+//! A device's test file calls [`check`] and [`check_drawn`] and nothing else. Failing checks panic with the operation
 //! and the sizes.
 
 mod attention;
@@ -15,17 +15,32 @@ use liger_tensor::{DType, Ops, Tensor};
 
 pub use rng::Numbers;
 
-/// Runs the whole table; `tolerance` is the largest allowed norm of a difference, relative to the norm of what is
-/// expected.
-pub fn check_all(ops: &dyn Ops, tolerance: f64) {
-    let check = Check { ops, tolerance };
-    rowwise::check(&check);
-    attention::check(&check);
-    recurrence::check(&check);
-    steps::check(&check);
+/// A part of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Matrix products, and everything that takes rows one by one.
+    Rows,
+    /// Softmax attention.
+    Attention,
+    /// The gated recurrence.
+    Recurrence,
+    /// Decoding steps in few operations, where the device has such.
+    Steps,
 }
 
-/// Draws `cases` sets of sizes, gates and splits of a text for the recurrence, and checks each as [`check_all`] does.
+/// Runs a part of the table; `tolerance` is the largest allowed norm of a difference, relative to the norm of what is
+/// expected.
+pub fn check(ops: &dyn Ops, tolerance: f64, part: Part) {
+    let check = Check { ops, tolerance };
+    match part {
+        Part::Rows => rowwise::check(&check),
+        Part::Attention => attention::check(&check),
+        Part::Recurrence => recurrence::check(&check),
+        Part::Steps => steps::check(&check),
+    }
+}
+
+/// Draws `cases` sets of sizes, gates and splits of a text for the recurrence, and checks each as [`check`] does.
 pub fn check_drawn(ops: &dyn Ops, tolerance: f64, cases: u32) {
     recurrence::check_drawn(&Check { ops, tolerance }, cases);
 }

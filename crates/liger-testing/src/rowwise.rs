@@ -36,6 +36,9 @@ fn products(c: &Check<'_>) {
             let mut out = c.tensor(&old, &[m, n]);
             c.ops.gemm(&mut out, &a, &b, how.accumulated().scaled(0.5)).expect(&what);
             c.close(&what, &out, &expected);
+            let (mut out, base) = (c.poisoned(&[m, n]), c.tensor(&old, &[m, n]));
+            c.ops.gemm_onto(&mut out, &base, &a, &b, how.scaled(0.5)).expect(&what);
+            c.close(&what, &out, &expected);
         }
         // bfloat16 weights: the products of the rounded ones.
         for (b_flag, shape) in [(true, [n, k]), (false, [k, n])] {
