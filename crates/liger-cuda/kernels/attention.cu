@@ -158,15 +158,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 }
 
-// inner [N * H] = sum over D of out dout; one warp a row.
+// inner [N * H] = sum over D of out dout; eight threads a row.
 extern "C" __global__ void attention_inner(float* inner, const act* out, const act* dout, int rows) {
-    int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    long long at = static_cast<long long>(row) * DIM;
+    int row = (blockIdx.x * blockDim.y + threadIdx.y) * 4 + threadIdx.x / 8;
+    bool inside = row < rows;
+    long long at = static_cast<long long>(inside ? row : 0) * DIM;
     float sum = 0.0f;
-    for (int d = threadIdx.x; d < DIM; d += 32) sum += to_float(out[at + d]) * to_float(dout[at + d]);
-    sum = warp_sum(sum);
-    if (threadIdx.x == 0) inner[row] = sum;
+    if constexpr (DIM % 4 == 0) {
+#pragma unroll
+        for (int d = threadIdx.x % 8 * 4; d < DIM; d += 32) {
+            float4 x = load4(out + at + d), y = load4(dout + at + d);
+            sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+        }
+    } else {
+        for (int d = threadIdx.x % 8; d < DIM; d += 8) sum += to_float(out[at + d]) * to_float(dout[at + d]);
+    }
+#pragma unroll
+    for (int offset = 4; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (inside && threadIdx.x % 8 == 0) inner[row] = sum;
 }
 
 // dq, and what the rows of each block give to the gradients of the sinks: parts [blocks, K, 2, 16, D] (dk, dv), if there are

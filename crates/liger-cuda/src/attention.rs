@@ -106,7 +106,7 @@ pub(crate) fn backward(
         }
     };
     let args = [Arg::Pointer(inner.pointer), cuda.act(NAME, out)?, cuda.act(NAME, dout)?, Arg::Int(rows as i32)];
-    cuda.attention_kernel("attention_inner", heads, Launch::warp_rows(rows), &args)?;
+    cuda.attention_kernel("attention_inner", heads, Launch::warp_rows(rows.div_ceil(4)), &args)?;
 
     let batch = cuda.batch(sequences)?;
     let (words, padded) = (self::words(heads, spec, 0), heads.dim.next_multiple_of(16));

@@ -42,6 +42,8 @@ pub enum Source {
     Loss,
     /// Choosing the next token.
     Sampling,
+    /// LoRA's products of few columns.
+    LowRank,
     /// Linear layers of few rows.
     FewRows,
     /// Liger Attention for one token.
@@ -55,7 +57,7 @@ const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
     /// Every file.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Elementwise,
         Self::Features,
         Self::Attention,
@@ -64,6 +66,7 @@ impl Source {
         Self::RecurrenceStep,
         Self::Loss,
         Self::Sampling,
+        Self::LowRank,
         Self::FewRows,
         Self::LigerStep,
     ];
@@ -78,6 +81,7 @@ impl Source {
             Self::RecurrenceStep => "recurrence_step.cu",
             Self::Loss => "loss.cu",
             Self::Sampling => "sampling.cu",
+            Self::LowRank => "low_rank.cu",
             Self::FewRows => "few_rows.cu",
             Self::LigerStep => "liger_step.cu",
         }
@@ -93,6 +97,7 @@ impl Source {
             Self::RecurrenceStep => include_str!("../kernels/recurrence_step.cu"),
             Self::Loss => include_str!("../kernels/loss.cu"),
             Self::Sampling => include_str!("../kernels/sampling.cu"),
+            Self::LowRank => include_str!("../kernels/low_rank.cu"),
             Self::FewRows => include_str!("../kernels/few_rows.cu"),
             Self::LigerStep => include_str!("../kernels/liger_step.cu"),
         }
@@ -103,6 +108,7 @@ impl Source {
         match self {
             Self::Attention => &["DIM", "GROUP"],
             Self::LigerStep => &["DIM", "GROUP", "SLOTS"],
+            Self::LowRank => &["RANK", "PROJECTIONS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
                 &["DK", "DV", "GROUP", "SLICE", "AXIS"]
             }
@@ -113,7 +119,7 @@ impl Source {
     /// What stands before the file's own text.
     fn headers(self) -> &'static [&'static str] {
         match self {
-            Self::Attention => &[COMMON, TILE],
+            Self::Attention | Self::LowRank => &[COMMON, TILE],
             Self::Features | Self::LigerStep => &[COMMON, GATES],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => &[COMMON, TILE, RECURRENCE],
             _ => &[COMMON],

@@ -15,6 +15,7 @@ mod features;
 mod gemm;
 mod libraries;
 mod loss;
+mod low_rank;
 mod recurrence;
 mod sampling;
 mod steps;
@@ -256,6 +257,21 @@ impl Ops for Cuda {
 
     fn gemm_onto(&self, c: &mut Tensor, base: &Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
         gemm::gemm(self, c, Some(base), a, b, how)
+    }
+
+    fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
+        low_rank::forward(self, low, x, a)
+    }
+
+    fn low_rank_backward(
+        &self,
+        dx: Option<&mut Tensor>,
+        da: &mut [&mut Tensor],
+        dlow: &[Tensor],
+        x: &Tensor,
+        a: &[&Tensor],
+    ) -> Result<()> {
+        low_rank::backward(self, dx, da, dlow, x, a)
     }
 
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {

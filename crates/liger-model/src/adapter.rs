@@ -175,16 +175,17 @@ impl<'a> Tuning<'a> {
         self.adapter.layers.get(layer)?.get(target as usize)?.as_ref()
     }
 
-    /// The input of A: `x`, with dropout while training. `None` stands for `x` itself.
-    fn dropped(&self, ops: &dyn Ops, x: &Tensor, layer: usize, target: Target) -> Result<Option<Tensor>> {
-        let p = self.adapter.config.dropout;
-        let Some(seed) = self.dropout_seed.filter(|_| p > 0.0) else {
-            return Ok(None);
-        };
+    /// The seed of the dropout masks, if there is dropout now.
+    fn dropout(&self) -> Option<u64> {
+        self.dropout_seed.filter(|_| self.adapter.config.dropout > 0.0)
+    }
+
+    /// `x` with dropout.
+    fn dropped(&self, ops: &dyn Ops, x: &Tensor, seed: u64, layer: usize, target: Target) -> Result<Tensor> {
         let mut dropped = ops.empty(x.shape())?;
         ops.axpby(&mut dropped, 1.0, x, 0.0)?;
-        ops.dropout(&mut dropped, p, mask_seed(seed, layer, target))?;
-        Ok(Some(dropped))
+        ops.dropout(&mut dropped, self.adapter.config.dropout, mask_seed(seed, layer, target))?;
+        Ok(dropped)
     }
 }
 
@@ -192,86 +193,103 @@ fn mask_seed(seed: u64, layer: usize, target: Target) -> u64 {
     seed.wrapping_mul(0x2545_f491_4f6c_dd1d).wrapping_add((layer * 4 + target as usize) as u64 + 1)
 }
 
-/// `out = x W^T + bias + scale (x A^T) B^T`, plus `base` if there is one; returns x A^T `[N, r]`, which the backward needs
-/// again.
-pub(crate) fn linear_forward(
+/// x A^T `[N, r]` by target, of those that have an adapter.
+pub(crate) type Lows = [Option<Tensor>; 4];
+
+impl Tuning<'_> {
+    /// Adds `scale (x A^T) B^T` to the outputs of projections of one layer that share the input `x`, and puts x A^T, which the
+    /// backward needs again, into `lows`.
+    pub(crate) fn forward(
+        &self,
+        ops: &dyn Ops,
+        layer: usize,
+        x: &Tensor,
+        outputs: &mut [(Target, &mut Tensor)],
+        lows: &mut Lows,
+    ) -> Result<()> {
+        let rank = self.adapter.config.rank;
+        let mut adapted: Vec<_> =
+            outputs.iter_mut().filter_map(|(target, out)| Some((*target, out, self.lora(layer, *target)?))).collect();
+        let empty = |_| ops.empty(&[x.dim(0), rank]).map_err(Into::into);
+        let mut low = (0..adapted.len()).map(empty).collect::<Result<Vec<Tensor>>>()?;
+        if let Some(seed) = self.dropout() {
+            for (low, (target, _, lora)) in low.iter_mut().zip(&adapted) {
+                let dropped = self.dropped(ops, x, seed, layer, *target)?;
+                ops.gemm(low, &dropped, &lora.a, Gemm::LINEAR)?;
+            }
+        } else {
+            let a: Vec<_> = adapted.iter().map(|(_, _, lora)| &lora.a).collect();
+            ops.low_rank_forward(&mut low, x, &a)?;
+        }
+        for (low, (target, out, lora)) in low.into_iter().zip(&mut adapted) {
+            ops.gemm(out, &low, &lora.b, Gemm::LINEAR.accumulated().scaled(self.adapter.config.scale()))?;
+            lows[*target as usize] = Some(low);
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients of A and B to `gradients`, and what flows through them to `dx` unless nobody needs it, given the
+    /// gradients `dy` of the outputs of projections that share the input `x`.
+    ///
+    /// With t = x A^T and s the scale: dB = s dy^T t, dt = s dy B, dA = dt^T x, dx += dt A. No product is of the size of the
+    /// frozen matrix.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn backward(
+        &self,
+        ops: &dyn Ops,
+        layer: usize,
+        mut dx: Option<&mut Tensor>,
+        x: &Tensor,
+        dy: &[(Target, &Tensor)],
+        lows: &Lows,
+        gradients: &mut Adapter,
+    ) -> Result<()> {
+        let config = &self.adapter.config;
+        let Some(gradients) = gradients.layers.get_mut(layer) else { return Ok(()) };
+        let (mut targets, mut dlows, mut a) = (Vec::new(), Vec::new(), Vec::new());
+        for (target, dy) in dy {
+            let (Some(lora), Some(low), Some(gradient)) =
+                (self.lora(layer, *target), &lows[*target as usize], &mut gradients[*target as usize])
+            else {
+                continue;
+            };
+            let mut dlow = ops.empty(low.shape())?;
+            ops.gemm(&mut dlow, dy, &lora.b, Gemm::INPUT_GRADIENT.scaled(config.scale()))?;
+            ops.gemm(&mut gradient.b, dy, low, Gemm::WEIGHT_GRADIENT.accumulated().scaled(config.scale()))?;
+            targets.push(*target);
+            dlows.push(dlow);
+            a.push(&lora.a);
+        }
+        let Some(seed) = self.dropout() else {
+            let adapted = gradients.iter_mut().zip(Target::ALL).filter(|(_, target)| targets.contains(target));
+            let mut da: Vec<_> = adapted.filter_map(|(lora, _)| lora.as_mut().map(|lora| &mut lora.a)).collect();
+            return Ok(ops.low_rank_backward(dx, &mut da, &dlows, x, &a)?);
+        };
+        for ((target, dlow), a) in targets.into_iter().zip(dlows).zip(a) {
+            let Some(gradient) = &mut gradients[target as usize] else { continue };
+            let mut dropped = self.dropped(ops, x, seed, layer, target)?;
+            ops.gemm(&mut gradient.a, &dlow, &dropped, Gemm::WEIGHT_GRADIENT.accumulated())?;
+            // The mask and its factor apply to the gradient as they did to the input.
+            let Some(dx) = dx.as_deref_mut() else { continue };
+            ops.gemm(&mut dropped, &dlow, a, Gemm::INPUT_GRADIENT)?;
+            ops.dropout(&mut dropped, config.dropout, mask_seed(seed, layer, target))?;
+            ops.axpby(dx, 1.0, &dropped, 1.0)?;
+        }
+        Ok(())
+    }
+}
+
+/// `out = x W^T + bias`, plus `base` if there is one.
+pub(crate) fn linear(
     ops: &dyn Ops,
     out: &mut Tensor,
     x: &Tensor,
     linear: &Linear,
-    (layer, target): (usize, Target),
-    tuning: Option<Tuning<'_>>,
     base: Option<&Tensor>,
-) -> Result<Option<Tensor>> {
+) -> Result<()> {
     match base {
         Some(base) => ops.gemm_onto(out, base, x, &linear.weight, Gemm::LINEAR)?,
         None => ops.gemm(out, x, &linear.weight, Gemm::LINEAR)?,
     }
-    if let Some(bias) = &linear.bias {
-        ops.add_bias(out, bias)?;
-    }
-    let Some((tuning, lora)) = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora))) else {
-        return Ok(None);
-    };
-    let dropped = tuning.dropped(ops, x, layer, target)?;
-    let mut low = ops.empty(&[x.dim(0), tuning.adapter.config.rank])?;
-    ops.gemm(&mut low, dropped.as_ref().unwrap_or(x), &lora.a, Gemm::LINEAR)?;
-    ops.gemm(out, &low, &lora.b, Gemm::LINEAR.accumulated().scaled(tuning.adapter.config.scale()))?;
-    Ok(Some(low))
-}
-
-/// The same for a frozen linear layer without LoRA.
-pub(crate) fn frozen_forward(
-    ops: &dyn Ops,
-    out: &mut Tensor,
-    x: &Tensor,
-    linear: &Linear,
-    base: Option<&Tensor>,
-) -> Result<()> {
-    linear_forward(ops, out, x, linear, (0, Target::Q), None, base).map(|_| ())
-}
-
-/// Adds the gradients of A and B to `gradients`; that of `x` becomes `dx`, or is added to it if the flag says so, unless
-/// nobody needs it. `low` is what the forward returned.
-///
-/// With t = x A^T and s the scale: dB = s dy^T t, dt = s dy B, dA = dt^T x, dx = dy W + dt A. No product is of the
-/// size of W but dy W itself.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn linear_backward(
-    ops: &dyn Ops,
-    mut dx: Option<(&mut Tensor, bool)>,
-    dy: &Tensor,
-    x: &Tensor,
-    low: Option<&Tensor>,
-    linear: &Linear,
-    (layer, target): (usize, Target),
-    tuning: Option<Tuning<'_>>,
-    gradients: &mut Adapter,
-) -> Result<()> {
-    if let Some((dx, accumulate)) = &mut dx {
-        ops.gemm(dx, dy, &linear.weight, Gemm { accumulate: *accumulate, ..Gemm::INPUT_GRADIENT })?;
-    }
-    let lora = tuning.and_then(|t| t.lora(layer, target).map(|lora| (t, lora)));
-    let (Some((tuning, lora)), Some(low)) = (lora, low) else { return Ok(()) };
-    let scale = tuning.adapter.config.scale();
-    let dropped = tuning.dropped(ops, x, layer, target)?;
-    let input = dropped.as_ref().unwrap_or(x);
-    let mut dlow = ops.empty(low.shape())?;
-    ops.gemm(&mut dlow, dy, &lora.b, Gemm::INPUT_GRADIENT.scaled(scale))?;
-    let gradient = gradients.layers.get_mut(layer).and_then(|l| l[target as usize].as_mut());
-    if let Some(gradient) = gradient {
-        ops.gemm(&mut gradient.b, dy, low, Gemm::WEIGHT_GRADIENT.accumulated().scaled(scale))?;
-        ops.gemm(&mut gradient.a, &dlow, input, Gemm::WEIGHT_GRADIENT.accumulated())?;
-    }
-    let Some((dx, _)) = dx else { return Ok(()) };
-    match (dropped, tuning.dropout_seed) {
-        (Some(mut through), Some(seed)) => {
-            // The mask and its factor apply to the gradient as they did to the input.
-            ops.gemm(&mut through, &dlow, &lora.a, Gemm::INPUT_GRADIENT)?;
-            ops.dropout(&mut through, tuning.adapter.config.dropout, mask_seed(seed, layer, target))?;
-            ops.axpby(dx, 1.0, &through, 1.0)?;
-        }
-        _ => ops.gemm(dx, &dlow, &lora.a, Gemm::INPUT_GRADIENT.accumulated())?,
-    }
-    Ok(())
+    linear.bias.as_ref().map_or(Ok(()), |bias| Ok(ops.add_bias(out, bias)?))
 }

@@ -3,7 +3,7 @@
 
 use liger_tensor::{Gemm, KeyValueCache, Ops, Sequences, Tensor};
 
-use crate::adapter::{Adapter, Target, Tuning, frozen_forward, linear_backward, linear_forward};
+use crate::adapter::{Adapter, Lows, Target, Tuning, linear};
 use crate::attention::{LigerActivations, LigerGradients, Mixer, Projected};
 use crate::config::ModelConfig;
 use crate::error::Result;
@@ -46,7 +46,7 @@ struct Activations {
     rope_q: Tensor,
     rope_k: Tensor,
     /// x A^T of the adapter for q, k, v, o.
-    low: [Option<Tensor>; 4],
+    low: Lows,
     /// Attention's output before o_proj, `[N, H * D]`.
     mixed: Tensor,
     /// Of softmax attention.
@@ -114,17 +114,19 @@ impl Context<'_> {
         let n = x.dim(0);
         let mut normed = ops.empty(x.shape())?;
         ops.rms_norm_forward(&mut normed, x, &weights.input_norm, config.rms_norm_eps)?;
-        let mut low = [None, None, None, None];
-        let mut project = |target: Target, heads: usize| -> Result<Tensor> {
-            let mut out = ops.empty(&[n, heads * config.head_dim])?;
-            let linear = &weights.attention[target as usize];
-            low[target as usize] =
-                linear_forward(ops, &mut out, &normed, linear, (self.layer, target), self.tuning, None)?;
-            Ok(out.reshaped(&[n, heads, config.head_dim]))
+        let project = |target: Target, heads: usize| -> Result<Tensor> {
+            let mut out = ops.empty(&[n, heads, config.head_dim])?;
+            linear(ops, &mut out, &normed, &weights.attention[target as usize], None)?;
+            Ok(out)
         };
         let mut q = project(Target::Q, config.num_heads)?;
         let mut k = project(Target::K, config.num_kv_heads)?;
-        let v = project(Target::V, config.num_kv_heads)?;
+        let mut v = project(Target::V, config.num_kv_heads)?;
+        let mut low = Lows::default();
+        if let Some(tuning) = self.tuning {
+            let outputs = &mut [(Target::Q, &mut q), (Target::K, &mut k), (Target::V, &mut v)];
+            tuning.forward(ops, self.layer, &normed, outputs, &mut low)?;
+        }
         let mut raw_qk = None;
         if let Some(norms) = &weights.head_norms {
             let normalize = |x: &Tensor, weight: &Tensor| -> Result<Tensor> {
@@ -158,10 +160,11 @@ impl Context<'_> {
             }
         };
         let mixed = mixed.reshaped(&[n, config.num_heads * config.head_dim]);
-        let output = &weights.attention[Target::O as usize];
         let mut middle = ops.empty(x.shape())?;
-        low[Target::O as usize] =
-            linear_forward(ops, &mut middle, &mixed, output, (self.layer, Target::O), self.tuning, Some(x))?;
+        linear(ops, &mut middle, &mixed, &weights.attention[Target::O as usize], Some(x))?;
+        if let Some(tuning) = self.tuning {
+            tuning.forward(ops, self.layer, &mixed, &mut [(Target::O, &mut middle)], &mut low)?;
+        }
         let activations = Activations { normed, raw_qk, q, k, v, rope_q, rope_k, low, mixed, statistics, liger };
         Ok((middle, activations))
     }
@@ -173,8 +176,8 @@ impl Context<'_> {
         ops.rms_norm_forward(&mut normed, x, &weights.post_attention_norm, config.rms_norm_eps)?;
         let mut gate = ops.empty(&[x.dim(0), config.intermediate_size])?;
         let mut up = ops.empty(&[x.dim(0), config.intermediate_size])?;
-        frozen_forward(ops, &mut gate, &normed, &weights.gate, None)?;
-        frozen_forward(ops, &mut up, &normed, &weights.up, None)?;
+        linear(ops, &mut gate, &normed, &weights.gate, None)?;
+        linear(ops, &mut up, &normed, &weights.up, None)?;
         Ok((gate, up))
     }
 
@@ -183,7 +186,7 @@ impl Context<'_> {
         let mut inner = self.ops.empty(gate.shape())?;
         self.ops.swiglu_forward(&mut inner, gate, up)?;
         let mut out = self.ops.empty(x.shape())?;
-        frozen_forward(self.ops, &mut out, &inner, &self.weights.down, Some(x))?;
+        linear(self.ops, &mut out, &inner, &self.weights.down, Some(x))?;
         Ok(out)
     }
 
@@ -231,19 +234,12 @@ impl Context<'_> {
         let n = dx.dim(0);
         let width = config.num_heads * config.head_dim;
         let mut dmixed = ops.empty(&[n, width])?;
-        let at = |target: Target| (self.layer, target);
-        let linear = |target: Target| &weights.attention[target as usize];
-        linear_backward(
-            ops,
-            Some((&mut dmixed, false)),
-            dx,
-            &activations.mixed,
-            activations.low[Target::O as usize].as_ref(),
-            linear(Target::O),
-            at(Target::O),
-            self.tuning,
-            gradients,
-        )?;
+        let weight = |target: Target| &weights.attention[target as usize].weight;
+        ops.gemm(&mut dmixed, dx, weight(Target::O), Gemm::INPUT_GRADIENT)?;
+        if let Some(tuning) = self.tuning {
+            let (x, dy, lows) = (&activations.mixed, &[(Target::O, &*dx)], &activations.low);
+            tuning.backward(ops, self.layer, Some(&mut dmixed), x, dy, lows, gradients)?;
+        }
         let dmixed = dmixed.reshaped(activations.q.shape());
         let d = self.mixer_backward(activations, &dmixed)?;
         let (mut dq, mut dk, dv) = (d.rope_q, d.rope_k, d.v);
@@ -265,14 +261,16 @@ impl Context<'_> {
             Some(input) => Some(ops.empty(input.shape())?),
             None => None,
         };
-        for (target, dy) in [(Target::Q, dq), (Target::K, dk), (Target::V, dv)] {
-            let dy = {
-                let width = dy.dim(1) * dy.dim(2);
-                dy.reshaped(&[n, width])
-            };
-            let (dx, x) = (dnormed.as_mut().map(|dx| (dx, target != Target::Q)), &activations.normed);
-            let low = activations.low[target as usize].as_ref();
-            linear_backward(ops, dx, &dy, x, low, linear(target), at(target), self.tuning, gradients)?;
+        let dy = [(Target::Q, &dq), (Target::K, &dk), (Target::V, &dv)];
+        if let Some(dnormed) = &mut dnormed {
+            for (target, dy) in dy {
+                let accumulate = target != Target::Q;
+                ops.gemm(dnormed, dy, weight(target), Gemm { accumulate, ..Gemm::INPUT_GRADIENT })?;
+            }
+        }
+        if let Some(tuning) = self.tuning {
+            let (x, lows) = (&activations.normed, &activations.low);
+            tuning.backward(ops, self.layer, dnormed.as_mut(), x, &dy, lows, gradients)?;
         }
         if let (Some(input), Some(dnormed)) = (input, &dnormed) {
             ops.rms_norm_backward(dx, input, &weights.input_norm, config.rms_norm_eps, dnormed)?;

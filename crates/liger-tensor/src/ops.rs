@@ -252,6 +252,28 @@ pub trait Ops: Send + Sync {
         self.axpby(c, 1.0, base, 0.0)?;
         self.gemm(c, a, b, how.accumulated())
     }
+    /// LoRA's first product for projections that share their input `x [N, inputs]`: `low[i] [N, r] = x a[i]^T`, with `a[i]`
+    /// `[r, inputs]` in float32.
+    fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
+        low.iter_mut().zip(a).try_for_each(|(low, a)| self.gemm(low, x, a, Gemm::LINEAR))
+    }
+    /// Adds `dlow[i]^T x` to every `da[i]`, and `dlow[i] a[i]` of all to `dx`, unless nobody needs it.
+    fn low_rank_backward(
+        &self,
+        mut dx: Option<&mut Tensor>,
+        da: &mut [&mut Tensor],
+        dlow: &[Tensor],
+        x: &Tensor,
+        a: &[&Tensor],
+    ) -> Result<()> {
+        for ((da, dlow), a) in da.iter_mut().zip(dlow).zip(a) {
+            self.gemm(da, dlow, x, Gemm::WEIGHT_GRADIENT.accumulated())?;
+            if let Some(dx) = dx.as_deref_mut() {
+                self.gemm(dx, dlow, a, Gemm::INPUT_GRADIENT.accumulated())?;
+            }
+        }
+        Ok(())
+    }
     /// Adds `bias [M]` to every row of `x [N, M]`.
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()>;
     /// `y = a x + b y`.

@@ -7,6 +7,7 @@ use crate::{Check, Numbers};
 
 pub(crate) fn check(c: &Check<'_>) {
     products(c);
+    low_rank(c);
     norms_and_activations(c);
     rope(c);
     features(c);
@@ -51,6 +52,54 @@ fn products(c: &Check<'_>) {
             let mut out = c.poisoned(&[m, n]);
             c.ops.gemm(&mut out, &c.tensor(&x, &[m, k]), &b, how).expect("gemm");
             c.close(&format!("bf16 gemm {m} {n} {k}"), &out, &matmul(&x, &rounded, (m, n, k)));
+        }
+    }
+}
+
+/// LoRA's products for one to three projections of one input.
+fn low_rank(c: &Check<'_>) {
+    for (n, inputs, rank, count) in [
+        (1, 32, 8, 1),
+        (70, 32, 8, 1),
+        (64, 576, 8, 3),
+        (200, 160, 16, 2),
+        (65, 48, 8, 3),
+        (130, 64, 4, 3),
+        (333, 288, 8, 2),
+    ] {
+        let mut numbers = Numbers::new((n * inputs + rank) as u64);
+        let (x, old) = (numbers.normal(n * inputs), numbers.normal(n * inputs));
+        let of_each = |length: usize, numbers: &mut Numbers| -> Vec<Vec<f64>> {
+            (0..count).map(|_| numbers.normal(length)).collect()
+        };
+        let (a, old_da) = (of_each(rank * inputs, &mut numbers), of_each(rank * inputs, &mut numbers));
+        let dlow = of_each(n * rank, &mut numbers);
+        let what = format!("low rank {n} {inputs}, {count} of {rank}");
+        let xt = c.tensor(&x, &[n, inputs]);
+        let at: Vec<_> = a.iter().map(|a| c.exact(a, &[rank, inputs])).collect();
+        let at: Vec<_> = at.iter().collect();
+        let mut low: Vec<_> = (0..count).map(|_| c.poisoned(&[n, rank])).collect();
+        c.ops.low_rank_forward(&mut low, &xt, &at).expect(&what);
+        for (low, a) in low.iter().zip(&a) {
+            c.close(&what, low, &matmul(&x, &transpose(a, rank), (n, rank, inputs)));
+        }
+        let dlows: Vec<_> = dlow.iter().map(|dlow| c.tensor(dlow, &[n, rank])).collect();
+        let mut expected = old.clone();
+        for (dlow, a) in dlow.iter().zip(&a) {
+            let through = matmul(dlow, a, (n, inputs, rank));
+            expected.iter_mut().zip(through).for_each(|(sum, x)| *sum += x);
+        }
+        for with_input in [true, false] {
+            let mut dx = c.tensor(&old, &[n, inputs]);
+            let mut da: Vec<_> = old_da.iter().map(|da| c.exact(da, &[rank, inputs])).collect();
+            let mut list: Vec<_> = da.iter_mut().collect();
+            c.ops.low_rank_backward(with_input.then_some(&mut dx), &mut list, &dlows, &xt, &at).expect(&what);
+            c.close(&format!("{what}: dx"), &dx, if with_input { &expected } else { &old });
+            for ((da, old), dlow) in da.iter().zip(&old_da).zip(&dlow) {
+                let product = matmul(&transpose(dlow, n), &x, (rank, inputs, n));
+                let expected: Vec<f64> = old.iter().zip(product).map(|(o, p)| o + p).collect();
+                c.close(&format!("{what}: da"), da, &expected);
+            }
         }
     }
 }
