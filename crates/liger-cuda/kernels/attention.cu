@@ -62,9 +62,9 @@ __device__ __forceinline__ long long row_of(const BlockInfo& b, const AttentionS
 
 // COUNT query rows from token `first` into a tile, zero from token `tokens` on.
 template <int COUNT>
-__device__ __forceinline__ void load_queries(elem* tile, const act* x, const BlockInfo& b, int first, int tokens, int head,
+__device__ __forceinline__ void fetch_queries(elem* tile, const act* x, const BlockInfo& b, int first, int tokens, int head,
                                              const AttentionSizes& s) {
-    load_tile<COUNT, WIDTH, DIM, THREADS>(
+    fetch_tile<COUNT, WIDTH, DIM, THREADS>(
         tile, [&](int r) { return r / GROUP < tokens ? x + row_of(b, s, head, first, r) * DIM : nullptr; });
 }
 
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     elem* qt = carve.tile(ROWS, WIDTH);
     elem* kt = carve.tile(FORWARD_KEYS, WIDTH);
     elem* vt = carve.tile(FORWARD_KEYS, WIDTH);
-    load_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
+    fetch_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
     int group = LANE >> 2, quad = LANE & 3, rows[2] = {WARP * 16 + group, WARP * 16 + group + 8};
     float best[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY}, sum[2] = {0.0f, 0.0f}, acc[WIDTH / 8][4];
     set_zero(acc);
@@ -103,8 +103,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (t >= 0) return fresh + (static_cast<long long>(b.start + t) * s.kv + head) * DIM;
             return cached + ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * DIM;
         };
-        load_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, cached_k, j); });
-        load_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
+        fetch_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, cached_k, j); });
+        fetch_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
+        wait_for_tiles();
         __syncthreads();
         float scores[FORWARD_KEYS / 8][4];
         set_zero(scores);
@@ -190,12 +191,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     Carver carve;
     elem* qt = carve.tile(ROWS, WIDTH);
     elem* dot = carve.tile(ROWS, WIDTH);
-    elem* kt = carve.tile(QUERIES, WIDTH);
-    elem* vt = carve.tile(QUERIES, WIDTH);
+    elem* keys = carve.tile(2 * QUERIES, WIDTH);  // those at work, and the next ones on their way
+    elem* values = carve.tile(2 * QUERIES, WIDTH);
     elem* p_sinks = carve.tile(ROWS, 16);
     elem* ds_sinks = carve.tile(ROWS, 16);
-    load_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
-    load_queries<ROWS>(dot, dout, b, b.first, tokens, head, s);
+    fetch_queries<ROWS>(qt, q, b, b.first, tokens, head, s);
+    fetch_queries<ROWS>(dot, dout, b, b.first, tokens, head, s);
     int group = LANE >> 2, quad = LANE & 3, rows[2] = {WARP * 16 + group, WARP * 16 + group + 8};
     float row_lse[2], row_inner[2], acc[WIDTH / 8][4];
     set_zero(acc);
@@ -206,15 +207,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         row_lse[i] = inside ? lse[at] : 0.0f;
         row_inner[i] = inside ? inner[at] : 0.0f;
     }
-    for (int first = 0; first < visible.count; first += QUERIES) {
-        __syncthreads();
+    auto fetch_keys = [&](int first, int half) {
         auto key_row = [&](const act* x, int j) -> const act* {
             if (first + j >= visible.count) return nullptr;
             return x + (static_cast<long long>(b.start + visible.position(first + j) - b.position) * s.kv + head) * DIM;
         };
-        load_tile<QUERIES, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, j); });
-        load_tile<QUERIES, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, j); });
+        fetch_tile<QUERIES, WIDTH, DIM, THREADS>(keys + half * QUERIES * LD, [&](int j) { return key_row(k, j); });
+        fetch_tile<QUERIES, WIDTH, DIM, THREADS>(values + half * QUERIES * LD, [&](int j) { return key_row(v, j); });
+    };
+    fetch_keys(0, 0);
+    for (int first = 0, half = 0; first < visible.count; first += QUERIES, half ^= 1) {
+        wait_for_tiles();
         __syncthreads();
+        if (first + QUERIES < visible.count) fetch_keys(first + QUERIES, half ^ 1);
+        const elem *kt = keys + half * QUERIES * LD, *vt = values + half * QUERIES * LD;
         float p[QUERIES / 8][4], ds[QUERIES / 8][4];
         set_zero(p);
         set_zero(ds);
@@ -274,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_backward_keys(act* dk, act* dv, const act* q, const act* k, const act* v, const act* dout,
                             const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
-    __shared__ float row_lse[QUERIES], row_inner[QUERIES];
+    __shared__ float all_lse[2][QUERIES], all_inner[2][QUERIES];
     BlockInfo b = blocks[blockIdx.x];
     int head = blockIdx.y;
     int count = min(KEYS, b.len - b.first);
@@ -282,30 +288,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Carver carve;
     elem* kt = carve.tile(KEYS, WIDTH);
     elem* vt = carve.tile(KEYS, WIDTH);
-    elem* qt = carve.tile(QUERIES, WIDTH);
-    elem* dot = carve.tile(QUERIES, WIDTH);
+    elem* queries = carve.tile(2 * QUERIES, WIDTH);  // those at work, and the next ones on their way
+    elem* gradients = carve.tile(2 * QUERIES, WIDTH);
     auto key_row = [&](const act* x, int j) -> const act* {
         return j < count ? x + (static_cast<long long>(b.start + b.first + j) * s.kv + head) * DIM : nullptr;
     };
-    load_tile<KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, j); });
-    load_tile<KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, j); });
+    fetch_tile<KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, j); });
+    fetch_tile<KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, j); });
     int group = LANE >> 2, quad = LANE & 3, keys[2] = {WARP * 16 + group, WARP * 16 + group + 8};
     float acc_k[WIDTH / 8][4], acc_v[WIDTH / 8][4];
     set_zero(acc_k);
     set_zero(acc_v);
     int last = s.window == EVERYTHING ? b.len : min(b.len, b.first + count - 1 + s.window);
-    for (int first = b.first; first < last; first += PER_LOAD) {
+    auto fetch_rows = [&](int first, int half) {
         int tokens = min(PER_LOAD, last - first);
-        __syncthreads();
-        load_queries<QUERIES>(qt, q, b, first, tokens, head, s);
-        load_queries<QUERIES>(dot, dout, b, first, tokens, head, s);
+        fetch_queries<QUERIES>(queries + half * QUERIES * LD, q, b, first, tokens, head, s);
+        fetch_queries<QUERIES>(gradients + half * QUERIES * LD, dout, b, first, tokens, head, s);
         if (threadIdx.x < QUERIES) {
             bool inside = threadIdx.x / GROUP < tokens;
             long long at = row_of(b, s, head, first, threadIdx.x);
-            row_lse[threadIdx.x] = inside ? lse[at] : 0.0f;
-            row_inner[threadIdx.x] = inside ? inner[at] : 0.0f;
+            fetch_float(&all_lse[half][threadIdx.x], inside ? lse + at : nullptr);
+            fetch_float(&all_inner[half][threadIdx.x], inside ? inner + at : nullptr);
         }
+    };
+    fetch_rows(b.first, 0);
+    for (int first = b.first, half = 0; first < last; first += PER_LOAD, half ^= 1) {
+        int tokens = min(PER_LOAD, last - first);
+        wait_for_tiles();
         __syncthreads();
+        if (first + PER_LOAD < last) fetch_rows(first + PER_LOAD, half ^ 1);
+        // No pair of these rows with the warp's keys is seen.
+        int nearest = first + tokens - 1 - b.first - WARP * 16, farthest = first - b.first - WARP * 16 - 15;
+        if (nearest < 0 || farthest >= s.window) continue;
+        const elem *qt = queries + half * QUERIES * LD, *dot = gradients + half * QUERIES * LD;
+        const float *row_lse = all_lse[half], *row_inner = all_inner[half];
         float p[QUERIES / 8][4], ds[QUERIES / 8][4];
         set_zero(p);
         set_zero(ds);

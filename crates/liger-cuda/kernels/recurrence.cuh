@@ -92,7 +92,7 @@ __device__ __forceinline__ void store_vector(elem* at, const float (&x)[VECTOR])
 #endif
 }
 
-// `load_tile` times factor(r, d).
+// Rows of `LENGTH` activations times factor(r, d) into a tile [COUNT, ACROSS + PAD], as `fetch_tile`, but at once.
 template <int COUNT, int ACROSS, int LENGTH, class Source, class Factor>
 __device__ __forceinline__ void load_scaled(elem* tile, Source source, Factor factor) {
     constexpr int PER_ROW = ACROSS / VECTOR;

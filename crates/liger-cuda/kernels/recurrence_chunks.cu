@@ -48,12 +48,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, STATES_BLOCKS)
         auto x = [&](int t) { return token_row(reverse ? q : k, chunk, t, heads, own, DK); };
         auto y = [&](int t) { return token_row(reverse ? dout : v, chunk, t, heads, own, DV); };
         if constexpr (AXIS == 0) {
+            fetch_tile<CHUNK, PV, DV, THREADS>(yt, y);
             load_scaled<CHUNK, PK, DK>(xt, x, decay);
-            load_tile<CHUNK, PV, DV, THREADS>(yt, y);
         } else {
-            load_tile<CHUNK, PK, DK, THREADS>(xt, x);
+            fetch_tile<CHUNK, PK, DK, THREADS>(xt, x);
             load_scaled<CHUNK, PV, DV>(yt, y, decay);
         }
+        wait_for_tiles();
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < EACH; n++) {
@@ -138,9 +139,9 @@ __device__ __forceinline__ void rows_of_chunk(act* out, const act* x, const act*
     elem* narrow = carve.tile(STATE_ROWS, PV);
     const elem* state = load_state(narrow, states + (static_cast<long long>(blockIdx.x) * s.kv + head) * DK * DV);
     if constexpr (EARLY) {
-        load_tile<CHUNK, PZ, DZ, THREADS>(plain, [&](int t) { return token_row(z, chunk, t, s.kv, head, DZ); });
+        fetch_tile<CHUNK, PZ, DZ, THREADS>(plain, [&](int t) { return token_row(z, chunk, t, s.kv, head, DZ); });
     } else {
-        load_tile<CHUNK, PX, DX, THREADS>(plain, [&](int t) { return token_row(y, chunk, t, s.kv, head, DX); });
+        fetch_tile<CHUNK, PX, DX, THREADS>(plain, [&](int t) { return token_row(y, chunk, t, s.kv, head, DX); });
     }
     load_gates(c, strong, gates, chunk, s, head);
     load_seen(seen, EARLY ? y : z, c, strong, chunk, s, head);
@@ -160,8 +161,9 @@ __device__ __forceinline__ void rows_of_chunk(act* out, const act* x, const act*
         if constexpr (EARLY) {
             load_scaled<HEADS * CHUNK, PX, DX>(xt, row, [&](int r, int d) { return __expf(c[r % CHUNK * FG + d]); });
         } else {
-            load_tile<HEADS * CHUNK, PX, DX, THREADS>(xt, row);
+            fetch_tile<HEADS * CHUNK, PX, DX, THREADS>(xt, row);
         }
+        wait_for_tiles();
         __syncthreads();
         int g = first_g + slot, head_of_x = head * GROUP + g;
         if (slot >= HEADS || g >= GROUP || step * STEP >= chunk.len) continue;

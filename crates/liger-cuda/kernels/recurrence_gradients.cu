@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     elem* seen = carve.tile(SEEN, PG);
     elem* narrow = carve.tile(STATE_ROWS, PV);
     const elem* dstate = load_state(narrow, dstates + item * DK * DV);
-    load_tile<CHUNK, PP, DP, THREADS>(pt, [&](int t) { return token_row(plain, chunk, t, s.kv, head, DP); });
+    fetch_tile<CHUNK, PP, DP, THREADS>(pt, [&](int t) { return token_row(plain, chunk, t, s.kv, head, DP); });
     load_gates(c, strong, gates, chunk, s, head);
     for (int d = threadIdx.x; d < PG; d += THREADS) {
         float sum = 0.0f;
@@ -48,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     load_scaled<CHUNK, PG, DG>(
         seen, [&](int t) { return token_row(y, chunk, t, s.kv, head, DG); },
         [&](int t, int d) { return __expf(edge[t / STEP * FG + d] - c[t * FG + d]); });
+    wait_for_tiles();
     __syncthreads();
     float acc[WIDEST / 8][4];
     set_zero(acc);
@@ -72,10 +73,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 return g < GROUP ? token_row(rows, chunk, i * STEP + r / SLICE, s.heads, head * GROUP + g, length) : nullptr;
             };
             __syncthreads();
+            fetch_tile<ROWS, PP, DP, THREADS>(ot, [&](int r) { return row_of(others, DP, r); });
             load_scaled<ROWS, PG, DG>(
                 xt, [&](int r) { return row_of(x, DG, r); },
                 [&](int r, int d) { return __expf(c[(i * STEP + r / SLICE) * FG + d]); });
-            load_tile<ROWS, PP, DP, THREADS>(ot, [&](int r) { return row_of(others, DP, r); });
+            wait_for_tiles();
             __syncthreads();
             if (own > i) continue;
             bool strong_step = one_by_one && own == i;

@@ -220,19 +220,22 @@ __host__ __device__ constexpr int tile_width(int m, int n) {
     return width;
 }
 
-// Rows of `LENGTH` activations into a tile [COUNT, ACROSS + PAD]; source(r) is where row r begins, or null for zeros.
+// Starts to load rows of `LENGTH` activations into a tile [COUNT, ACROSS + PAD]; source(r) is where row r begins, or null for
+// zeros. They are there after `wait_for_tiles` and a barrier.
 template <int COUNT, int ACROSS, int LENGTH, int BLOCK, class Source>
-__device__ __forceinline__ void load_tile(elem* tile, Source source) {
+__device__ __forceinline__ void fetch_tile(elem* tile, Source source) {
     constexpr int VECTOR = 16 / sizeof(act);
     if constexpr (LENGTH % VECTOR == 0) {
         constexpr int PER_ROW = ACROSS / VECTOR;
-#pragma unroll 4
+        const void* anywhere = tile;
         for (int i = threadIdx.x; i < COUNT * PER_ROW; i += BLOCK) {
             int r = i / PER_ROW, d = i % PER_ROW * VECTOR;
             const act* row = source(r);
-            uint4 value = make_uint4(0, 0, 0, 0);
-            if (row != nullptr && d < LENGTH) value = *reinterpret_cast<const uint4*>(row + d);
-            *reinterpret_cast<uint4*>(tile + r * (ACROSS + PAD) + d) = value;
+            bool inside = row != nullptr && d < LENGTH;
+            u32 to = static_cast<u32>(__cvta_generic_to_shared(tile + r * (ACROSS + PAD) + d));
+            // Of nothing, zeros are written and the address is not looked at.
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                         :: "r"(to), "l"(inside ? row + d : anywhere), "r"(inside ? 16 : 0) : "memory");
         }
     } else {
         for (int i = threadIdx.x; i < COUNT * ACROSS; i += BLOCK) {
@@ -242,6 +245,15 @@ __device__ __forceinline__ void load_tile(elem* tile, Source source) {
         }
     }
 }
+
+// A float of shared memory, likewise; 0 where there is none.
+__device__ __forceinline__ void fetch_float(float* to, const float* from) {
+    u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+                 :: "r"(at), "l"(from == nullptr ? to : from), "r"(from == nullptr ? 0 : 4) : "memory");
+}
+
+__device__ __forceinline__ void wait_for_tiles() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 extern __shared__ uint4 shared_memory[];
 

@@ -48,6 +48,29 @@ __device__ __forceinline__ int cache_row(const AttentionSizes& s, int position) 
     return s.ring && position >= s.sinks ? s.sinks + (position - s.sinks) % s.window : position;
 }
 
+// Rows of `LENGTH` activations into a tile [COUNT, ACROSS + PAD]; source(r) is where row r begins, or null for zeros.
+template <int COUNT, int ACROSS, int LENGTH, int BLOCK, class Source>
+__device__ __forceinline__ void load_tile(elem* tile, Source source) {
+    constexpr int VECTOR = 16 / sizeof(act);
+    if constexpr (LENGTH % VECTOR == 0) {
+        constexpr int PER_ROW = ACROSS / VECTOR;
+#pragma unroll 4
+        for (int i = threadIdx.x; i < COUNT * PER_ROW; i += BLOCK) {
+            int r = i / PER_ROW, d = i % PER_ROW * VECTOR;
+            const act* row = source(r);
+            uint4 value = make_uint4(0, 0, 0, 0);
+            if (row != nullptr && d < LENGTH) value = *reinterpret_cast<const uint4*>(row + d);
+            *reinterpret_cast<uint4*>(tile + r * (ACROSS + PAD) + d) = value;
+        }
+    } else {
+        for (int i = threadIdx.x; i < COUNT * ACROSS; i += BLOCK) {
+            int r = i / ACROSS, d = i % ACROSS;
+            const act* row = source(r);
+            tile[r * (ACROSS + PAD) + d] = row != nullptr && d < LENGTH ? row[d] : from_float<act>(0.0f);
+        }
+    }
+}
+
 // Row of [N, H] that query row r = (token, head of the group) of a block is.
 __device__ __forceinline__ long long row_of(const BlockInfo& b, const AttentionSizes& s, int head, int first, int r) {
     return static_cast<long long>(b.start + first + r / GROUP) * s.heads + head * GROUP + r % GROUP;

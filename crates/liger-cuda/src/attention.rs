@@ -8,7 +8,7 @@ use crate::driver::{Arg, Block, Launch};
 use crate::{Cuda, pointer, shared_bytes, typed};
 
 /// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `FORWARD_KEYS`, `QUERIES` of the
-/// kernels.
+/// kernels; the backward has two of what it loads, one on its way.
 const ROWS: usize = 64;
 const KEYS: usize = 64;
 const FORWARD_KEYS: usize = 96;
@@ -130,11 +130,11 @@ pub(crate) fn backward(
         let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
         cuda.attention_kernel(name, heads, launch, &args)
     };
-    let tiles = [(2 * ROWS + 2 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
+    let tiles = [(2 * ROWS + 4 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
     run("attention_backward_rows", [cuda.act(NAME, dq)?, parts], &by_rows, &tiles)?;
     let (dk, dv) = (cuda.act(NAME, dk)?, cuda.act(NAME, dv)?);
     let by_keys = batch.blocks(&cuda.gpu, KEYS)?;
-    run("attention_backward_keys", [dk, dv], &by_keys, &[(2 * KEYS + 2 * QUERIES, padded)])?;
+    run("attention_backward_keys", [dk, dv], &by_keys, &[(2 * KEYS + 4 * QUERIES, padded)])?;
     if sinks == 0 {
         return Ok(());
     }

@@ -9,7 +9,8 @@ pub(crate) fn check(c: &Check<'_>) {
     products(c);
     low_rank(c);
     norms_and_activations(c);
-    rope(c);
+    rope(c, 60);
+    rope(c, 64);
     features(c);
     slot_gates(c);
     losses(c);
@@ -144,8 +145,8 @@ fn norms_and_activations(c: &Check<'_>) {
     }
 }
 
-fn rope(c: &Check<'_>) {
-    let (n, heads, d) = (5, 3, 60);
+fn rope(c: &Check<'_>, d: usize) {
+    let (n, heads) = (5, 3);
     let mut numbers = Numbers::new(1);
     let (x, angles) = (numbers.normal(n * heads * d), numbers.normal(n * d / 2));
     let expected: Vec<f64> = (0..x.len())
