@@ -3,11 +3,14 @@ FlexAttention for the window. The formulas are those of tests/golden/reference.p
 
 import torch
 import torch.nn.functional as F
+
+import autotuning
 from fla.ops.gla import chunk_gla, fused_recurrent_gla
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+autotuning.install()
 WINDOW, SINKS = 64, 4
 SHAPES = {
     "llama-3.2-1b": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,

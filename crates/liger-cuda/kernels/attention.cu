@@ -277,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 // dk, dv of what the window reaches (of everything without one). A warp has 16 keys; scores are taken transposed, so that
 // they can be the left factor of both gradients. Grid (blocks of KEYS keys, K).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
     attention_backward_keys(act* dk, act* dv, const act* q, const act* k, const act* v, const act* dout,
                             const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
     __shared__ float all_lse[2][QUERIES], all_inner[2][QUERIES];
