@@ -12,10 +12,11 @@ prune_configs = Autotuner.prune_configs
 
 def compile_side_by_side(self, kwargs):
     configs = prune_configs(self, kwargs)
+    launch = {name: value for name, value in kwargs.items() if name != "warmup"}
     try:
         with ThreadPoolExecutor(os.cpu_count()) as threads, AsyncCompileMode(threads, ignore_errors=True):
             for config in configs:
-                self.fn.warmup(*self.nargs.values(), **kwargs, **config.all_kwargs())
+                self.fn.warmup(*self.nargs.values(), **launch, **config.all_kwargs())
     except Exception as e:  # Then Triton compiles them itself.
         print(f"compiling one after another: {e}", flush=True)
     return configs

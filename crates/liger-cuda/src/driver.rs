@@ -93,6 +93,8 @@ struct Pool {
     held: usize,
     in_use: usize,
     peak: usize,
+    /// Blocks taken from the driver so far.
+    taken: usize,
 }
 
 // SAFETY: handles of the driver may be used from any thread once the context is current, which `bind` sees to.
@@ -205,6 +207,7 @@ impl Gpu {
                 self.bind()?;
                 let pointer = self.fresh(&mut pool, bytes)?;
                 pool.held += bytes;
+                pool.taken += 1;
                 pointer
             }
         };
@@ -249,6 +252,11 @@ impl Gpu {
     /// Most bytes that tensors held at once since the last `trim`.
     pub(crate) fn peak_bytes(&self) -> usize {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner).peak
+    }
+
+    /// Blocks of memory taken from the driver so far, given back or not.
+    pub(crate) fn blocks_taken(&self) -> usize {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).taken
     }
 
     /// Bytes free, counting what the pool could give back, and all there are.

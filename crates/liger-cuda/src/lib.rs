@@ -66,6 +66,11 @@ impl Cuda {
         self.gpu.finish_profile()
     }
 
+    /// How many blocks of memory were taken from the driver so far: none is while work repeats itself.
+    pub fn blocks_taken(&self) -> usize {
+        self.gpu.blocks_taken()
+    }
+
     fn tensor(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let block = self.gpu.allocate(shape.iter().product::<usize>() * dtype.size())?;
         Ok(Tensor::device(shape, dtype, Box::new(block)))

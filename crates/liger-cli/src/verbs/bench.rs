@@ -345,11 +345,13 @@ impl Bench<'_> {
             return Ok(());
         };
         gpu.start_profile();
+        let before = gpu.blocks_taken();
         f()?;
+        let taken = gpu.blocks_taken() - before;
         let mut table = Table::new([what, "runs", "ms"]);
         for (name, runs, time) in gpu.finish_profile()?.into_iter().take(40) {
             table.row([name, runs.to_string(), format!("{time:.3}")]);
         }
-        print(&format!("{}\n", table.to_text()))
+        print(&format!("{}blocks of memory taken from the driver: {taken}\n\n", table.to_text()))
     }
 }
