@@ -23,7 +23,7 @@ pub enum Error {
     },
     /// The device has no memory for a tensor.
     #[error(
-        "{device}: no memory for {:.2} GiB more ({:.2} of {:.2} GiB are free); use smaller batches or shorter texts",
+        "{device}: no memory for {:.2} GiB more ({:.2} of {:.2} GiB are free); use smaller batches (train.micro_batch of a recipe, --batch), shorter texts (data.length), or --recompute layer",
         *needed as f64 / 1e9, *free as f64 / 1e9, *total as f64 / 1e9
     )]
     OutOfMemory {
