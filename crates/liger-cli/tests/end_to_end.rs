@@ -175,3 +175,24 @@ fn an_interrupted_run_goes_on() {
     let adapter = |out: &str| std::fs::read(dir.join(out).join("adapter/adapter_model.safetensors")).unwrap();
     assert_eq!(adapter("cut"), adapter("whole"));
 }
+
+#[test]
+fn a_benchmark_is_scored() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    write_model(&dir.join("m"));
+    let records = "{\"goal\": \"g\", \"sol1\": \"a\", \"sol2\": \"bb\", \"label\": 0}\n".repeat(3);
+    std::fs::write(dir.join("piqa.jsonl"), records).unwrap();
+    let args =
+        ["eval", "m", "--tasks", "piqa", "--data-dir", ".", "--limit", "2", "--json", "--log-samples", "log.jsonl"];
+    let output = liger().args(args).current_dir(dir).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let task = &result["tasks"][0];
+    assert_eq!((task["task"].as_str(), task["items"].as_u64()), (Some("piqa"), Some(2)));
+    let log = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
+    let first: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+    let logs: Vec<f64> = first["log_likelihoods"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+    let right = f64::from(u8::from(logs[0] > logs[1]));
+    assert_eq!(task["scores"][0]["value"].as_f64(), Some(right));
+}

@@ -6,7 +6,8 @@ mod common;
 
 #[test]
 fn every_verb_has_a_help_with_an_example() {
-    for verb in ["linearize", "convert", "fuse", "export", "generate", "chat", "info", "logits", "bench", "completions"]
+    for verb in
+        ["linearize", "convert", "fuse", "export", "generate", "chat", "eval", "info", "logits", "bench", "completions"]
     {
         let output = common::liger().args([verb, "--help"]).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();

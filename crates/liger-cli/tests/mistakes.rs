@@ -218,3 +218,17 @@ fn a_full_disk_is_said_and_leaves_the_old_file() {
     assert!(error.starts_with("error: form/model.safetensors: cannot write: File too large"), "{error}");
     assert_eq!(std::fs::read_dir(dir.join("form")).unwrap().count(), 0, "nothing half-written");
 }
+
+#[test]
+fn tasks_that_cannot_be_scored() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    model(dir, "m");
+    let eval = |task: &str, expected: &str| check(dir, &["eval", "m", "--tasks", task, "--data-dir", "."], expected);
+    eval("pica", "no task `pica`; did you mean `piqa`?");
+    eval("piqa", ".: no piqa.jsonl or piqa.jsonl.zst here; put the records of piqa there");
+    std::fs::write(dir.join("mine.toml"), "data = \"mine\"\nprompt = \"x\"\n").unwrap();
+    eval("mine.toml", "mine.toml: line 2: unknown field `prompt`");
+    std::fs::write(dir.join("piqa.jsonl"), "{\"goal\": \"g\"}\n").unwrap();
+    eval("piqa", "piqa.jsonl: line 1: ");
+}
