@@ -1,13 +1,14 @@
 //! LoRA's products of few columns: sizes for `kernels/low_rank.cu`.
 
-use liger_tensor::{DType, Error, Gemm, Ops, Result, Tensor};
+use liger_tensor::checks::same_length;
+use liger_tensor::{DType, Error, Result, Tensor, low_rank_backward_by_products, low_rank_forward_by_products};
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
 use crate::{Cuda, rows_of, shared_bytes};
 
 /// Projections that one launch takes.
-const MOST: usize = 3;
+const MOST_PROJECTIONS: usize = 3;
 /// Columns of all of them together, at most: a warp's sums are in registers.
 const MOST_COLUMNS: usize = 40;
 /// Rows and columns of a block: `ROWS` and `ACROSS` of the kernels.
@@ -19,7 +20,7 @@ fn variant(cuda: &Cuda, a: &[&Tensor], x: &Tensor) -> Option<Variant> {
     let (count, rank, (inputs, rows)) = (a.len(), a.first()?.dim(0), rows_of(x));
     let fits = cuda.activations == DType::Bf16
         && x.dtype() == DType::Bf16
-        && count <= MOST
+        && count <= MOST_PROJECTIONS
         && rank.is_multiple_of(8)
         && rank * count <= MOST_COLUMNS
         && inputs.is_multiple_of(32)
@@ -28,13 +29,13 @@ fn variant(cuda: &Cuda, a: &[&Tensor], x: &Tensor) -> Option<Variant> {
     fits.then_some(Variant { activations: DType::Bf16, sizes: [rank, count, 0, 0, 0] })
 }
 
-/// Addresses of up to [`MOST`] tensors.
+/// Addresses of up to [`MOST_PROJECTIONS`] tensors.
 fn pointers<'a>(
     tensors: impl Iterator<Item = &'a Tensor>,
     of: impl Fn(&'a Tensor) -> Result<Arg<'static>>,
 ) -> Result<Vec<Arg<'static>>> {
     let mut list = tensors.map(of).collect::<Result<Vec<_>>>()?;
-    list.resize_with(MOST, || Arg::Pointer(0));
+    list.resize_with(MOST_PROJECTIONS, || Arg::Pointer(0));
     Ok(list)
 }
 
@@ -48,7 +49,7 @@ fn check(operation: &'static str, tensor: &Tensor, shape: [usize; 2]) -> Result<
 pub(crate) fn forward(cuda: &Cuda, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
     const NAME: &str = "low_rank_forward";
     let Some(variant) = variant(cuda, a, x) else {
-        return low.iter_mut().zip(a).try_for_each(|(low, a)| cuda.gemm(low, x, a, Gemm::LINEAR));
+        return low_rank_forward_by_products(cuda, low, x, a);
     };
     let ([rank, ..], (inputs, rows)) = (variant.sizes, rows_of(x));
     low.iter().try_for_each(|low| check(NAME, low, [rows, rank]))?;
@@ -61,7 +62,7 @@ pub(crate) fn forward(cuda: &Cuda, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]
 
 pub(crate) fn backward(
     cuda: &Cuda,
-    mut dx: Option<&mut Tensor>,
+    dx: Option<&mut Tensor>,
     da: &mut [&mut Tensor],
     dlow: &[Tensor],
     x: &Tensor,
@@ -69,19 +70,13 @@ pub(crate) fn backward(
 ) -> Result<()> {
     const NAME: &str = "low_rank_backward";
     let Some(variant) = variant(cuda, a, x) else {
-        for ((da, dlow), a) in da.iter_mut().zip(dlow).zip(a) {
-            cuda.gemm(da, dlow, x, Gemm::WEIGHT_GRADIENT.accumulated())?;
-            if let Some(dx) = dx.as_deref_mut() {
-                cuda.gemm(dx, dlow, a, Gemm::INPUT_GRADIENT.accumulated())?;
-            }
-        }
-        return Ok(());
+        return low_rank_backward_by_products(cuda, dx, da, dlow, x, a);
     };
     let ([rank, count, ..], (inputs, rows)) = (variant.sizes, rows_of(x));
     dlow.iter().try_for_each(|dlow| check(NAME, dlow, [rows, rank]))?;
     da.iter().try_for_each(|da| check(NAME, da, [rank, inputs]))?;
     if let Some(dx) = &dx {
-        liger_tensor::checks::same_length(NAME, dx, x)?;
+        same_length(NAME, dx, x)?;
     }
     let (columns, across) = (rank * count, inputs.div_ceil(ACROSS));
     // Two blocks for each processor.

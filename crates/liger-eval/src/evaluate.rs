@@ -1,4 +1,4 @@
-//! Scores of a task: accuracies and their standard errors, as lm-evaluation-harness defines them.
+//! Scores of a task: accuracies and their standard errors, by lm-evaluation-harness's definitions.
 
 use liger_model::{Result, Tokenizer};
 use serde::Serialize;

@@ -1,6 +1,6 @@
 //! What a conversion kept and what it gained: perplexity and KL to the teacher by token position, time and memory of a
-//! decoding step by length of the text, and the report that shows them; and scores of benchmarks, as lm-evaluation-harness
-//! defines them.
+//! decoding step by length of the text, and the report that shows them; and scores of benchmarks, by
+//! lm-evaluation-harness's definitions.
 
 mod evaluate;
 mod plot;

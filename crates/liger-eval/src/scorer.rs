@@ -1,4 +1,4 @@
-//! Log-likelihoods of continuations, as lm-evaluation-harness takes them.
+//! Log-likelihoods of continuations, by lm-evaluation-harness's definitions.
 
 use liger_model::{Result, Tokenizer};
 use liger_tensor::Sequences;

@@ -17,7 +17,7 @@ mod tensor;
 pub use error::{Error, Result};
 pub use ops::{
     AdamwParameter, AdamwStep, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, KeyValueCache, Ops,
-    Recurrence, RecurrenceGradients,
+    Recurrence, RecurrenceGradients, low_rank_backward_by_products, low_rank_forward_by_products,
 };
 pub use sequences::{Sequence, Sequences};
 pub use steps::{LigerStep, Recording, StepForm, StepLinear, StepOps, StepSpec};

@@ -255,24 +255,18 @@ pub trait Ops: Send + Sync {
     /// LoRA's first product for projections that share their input `x [N, inputs]`: `low[i] [N, r] = x a[i]^T`, with `a[i]`
     /// `[r, inputs]` in float32.
     fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
-        low.iter_mut().zip(a).try_for_each(|(low, a)| self.gemm(low, x, a, Gemm::LINEAR))
+        low_rank_forward_by_products(self, low, x, a)
     }
     /// Adds `dlow[i]^T x` to every `da[i]`, and `dlow[i] a[i]` of all to `dx`, unless nobody needs it.
     fn low_rank_backward(
         &self,
-        mut dx: Option<&mut Tensor>,
+        dx: Option<&mut Tensor>,
         da: &mut [&mut Tensor],
         dlow: &[Tensor],
         x: &Tensor,
         a: &[&Tensor],
     ) -> Result<()> {
-        for ((da, dlow), a) in da.iter_mut().zip(dlow).zip(a) {
-            self.gemm(da, dlow, x, Gemm::WEIGHT_GRADIENT.accumulated())?;
-            if let Some(dx) = dx.as_deref_mut() {
-                self.gemm(dx, dlow, a, Gemm::INPUT_GRADIENT.accumulated())?;
-            }
-        }
-        Ok(())
+        low_rank_backward_by_products(self, dx, da, dlow, x, a)
     }
     /// Adds `bias [M]` to every row of `x [N, M]`.
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()>;
@@ -419,4 +413,38 @@ pub trait Ops: Send + Sync {
     fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64>;
     /// One update of every parameter and its two moments.
     fn adamw(&self, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()>;
+}
+
+/// [`Ops::low_rank_forward`] by one product a projection: for devices without kernels for it, or for these sizes.
+///
+/// # Errors
+/// As [`Ops::gemm`].
+pub fn low_rank_forward_by_products<O: Ops + ?Sized>(
+    ops: &O,
+    low: &mut [Tensor],
+    x: &Tensor,
+    a: &[&Tensor],
+) -> Result<()> {
+    low.iter_mut().zip(a).try_for_each(|(low, a)| ops.gemm(low, x, a, Gemm::LINEAR))
+}
+
+/// [`Ops::low_rank_backward`], likewise.
+///
+/// # Errors
+/// As [`Ops::gemm`].
+pub fn low_rank_backward_by_products<O: Ops + ?Sized>(
+    ops: &O,
+    mut dx: Option<&mut Tensor>,
+    da: &mut [&mut Tensor],
+    dlow: &[Tensor],
+    x: &Tensor,
+    a: &[&Tensor],
+) -> Result<()> {
+    for ((da, dlow), a) in da.iter_mut().zip(dlow).zip(a) {
+        ops.gemm(da, dlow, x, Gemm::WEIGHT_GRADIENT.accumulated())?;
+        if let Some(dx) = dx.as_deref_mut() {
+            ops.gemm(dx, dlow, a, Gemm::INPUT_GRADIENT.accumulated())?;
+        }
+    }
+    Ok(())
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::common::{DeviceArgs, Loaded, print};
 use crate::progress::Progress;
 
-/// Score benchmarks as lm-evaluation-harness does.
+/// Score benchmarks by lm-evaluation-harness's definitions.
 #[derive(clap::Args)]
 #[command(after_help = "Example: liger eval smollm2-liger --tasks arc_easy,piqa --data-dir benchmarks --limit 300")]
 pub struct Args {
@@ -94,7 +94,7 @@ fn table(results: &[TaskScores]) -> Table {
     let mut table = Table::new(["task", "items", "metric", "value", "standard error"]);
     for result in results {
         for score in &result.scores {
-            let scale = if score.standard_error.is_some() || score.metric != "perplexity" { 100.0 } else { 1.0 };
+            let scale = if score.metric == "perplexity" { 1.0 } else { 100.0 };
             table.row([
                 result.task.clone(),
                 result.items.to_string(),
