@@ -108,7 +108,17 @@ impl Loaded {
     }
 
     pub fn load(checkpoint: Checkpoint, adapter: Option<&Path>, device: &DeviceArgs) -> Result<Self> {
-        let decoder = checkpoint.load(device.open()?, device.dtype.into())?;
+        Self::load_on(device.open()?, checkpoint, adapter, device.dtype)
+    }
+
+    /// The same on a device that is open already.
+    pub fn load_on(
+        ops: Arc<dyn Ops>,
+        checkpoint: Checkpoint,
+        adapter: Option<&Path>,
+        precision: Precision,
+    ) -> Result<Self> {
+        let decoder = checkpoint.load(ops, precision.into())?;
         let adapter = match adapter {
             Some(folder) => Some(load_adapter(folder, decoder.config(), decoder.ops())?),
             None => None,
@@ -192,6 +202,13 @@ pub fn prepare_folder(folder: &Path, force: bool) -> Result<()> {
         bail!("{}: the folder is not empty; give another one, or --force to write into it", folder.display());
     }
     std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot make the folder", folder.display()))
+}
+
+/// The user's cache for one kind of thing: `XDG_CACHE_HOME` or `~/.cache`, `liger/NAME`.
+pub fn cache_folder(name: &str) -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
+    cache.unwrap_or_else(std::env::temp_dir).join("liger").join(name)
 }
 
 /// Text to standard output; a closed pipe is an error that `main` takes for success.

@@ -1,6 +1,7 @@
 //! The program `liger`. One file a verb in `verbs/`; the work is done by the other crates.
 
 mod common;
+mod fetch;
 mod hub;
 mod interrupt;
 mod progress;
@@ -36,6 +37,7 @@ enum Verb {
     Generate(verbs::generate::Args),
     Chat(verbs::chat::Args),
     Eval(verbs::eval::Args),
+    Report(verbs::report::Args),
     Info(verbs::info::Args),
     Logits(verbs::logits::Args),
     Bench(verbs::bench::Args),
@@ -56,6 +58,7 @@ fn main() -> ExitCode {
         Verb::Generate(args) => verbs::generate::run(&args),
         Verb::Chat(args) => verbs::chat::run(&args),
         Verb::Eval(args) => verbs::eval::run(&args),
+        Verb::Report(args) => verbs::report::run(&args),
         Verb::Info(args) => verbs::info::run(&args),
         Verb::Logits(args) => verbs::logits::run(&args),
         Verb::Bench(args) => verbs::bench::run(&args),

@@ -3,10 +3,12 @@
 
 use liger_model::{Adapter, Decoder, Result};
 use liger_tensor::{Sequences, Tensor};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use crate::scorer::rows_at_once;
 
 /// Positions `from..to`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bucket {
     /// First position.
     pub from: usize,
@@ -14,13 +16,14 @@ pub struct Bucket {
     pub to: usize,
 }
 
-/// Inside the window; just outside; four windows; a page or more.
-pub const BUCKETS: [Bucket; 4] = [
-    Bucket { from: 0, to: 64 },
-    Bucket { from: 64, to: 256 },
-    Bucket { from: 256, to: 1024 },
-    Bucket { from: 1024, to: 2048 },
-];
+impl Bucket {
+    /// The buckets of texts of `length` tokens: inside a window of 64; just outside; a page; then doubling.
+    pub fn up_to(length: usize) -> Vec<Self> {
+        let mut edges = vec![0, 64, 256];
+        edges.extend((0..).map(|i| 1024 << i).take_while(|&edge| edge < 2 * length));
+        edges.windows(2).filter(|w| w[0] < length).map(|w| Self { from: w[0], to: w[1] }).collect()
+    }
+}
 
 impl std::fmt::Display for Bucket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -40,7 +43,7 @@ pub struct Subject<'a> {
 }
 
 /// Scores of one model, by bucket; `None` where the texts have no such position.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PositionScores {
     /// The model.
     pub name: String,
@@ -48,12 +51,11 @@ pub struct PositionScores {
     pub perplexity: Vec<Option<f64>>,
     /// Mean KL(teacher || model), in nats.
     pub kl: Vec<Option<f64>>,
+    /// Share of tokens where the model's most likely one is the teacher's.
+    pub agreement: Vec<Option<f64>>,
     /// Tokens that the means are over.
     pub tokens: Vec<usize>,
 }
-
-/// Rows whose logits are in memory at once, for teacher and model each.
-const CHUNK: usize = 256;
 
 /// Scores models on texts; the teacher is the first row of the result. `tell(tokens done)` is called as it goes.
 ///
@@ -68,6 +70,8 @@ pub fn scores_by_position(
 ) -> Result<Vec<PositionScores>> {
     let mut sums = vec![vec![Sums::default(); buckets.len()]; students.len() + 1];
     let ops = teacher.decoder.ops();
+    // The teacher's logits and one model's.
+    let chunk = rows_at_once(teacher.decoder) / 2;
     for (done, text) in texts.iter().enumerate() {
         let sequences = Sequences::fresh([text.len()]);
         let hidden_of = |s: &Subject<'_>| s.decoder.forward(text, &sequences, None, s.adapter);
@@ -77,8 +81,8 @@ pub fn scores_by_position(
             hidden.push(hidden_of(student)?);
         }
         let targets = text.len().saturating_sub(1);
-        for first in (0..targets).step_by(CHUNK) {
-            let count = CHUNK.min(targets - first);
+        for first in (0..targets).step_by(chunk) {
+            let count = chunk.min(targets - first);
             let labels: Vec<i64> = text[first + 1..=first + count].iter().map(|&id| i64::from(id)).collect();
             let logits_of = |s: &Subject<'_>, hidden: &Tensor| -> Result<Tensor> {
                 let mut rows = ops.empty(&[count, hidden.dim(1)])?;
@@ -86,14 +90,17 @@ pub fn scores_by_position(
                 s.decoder.logits(&rows)
             };
             let mut target = logits_of(teacher, &teacher_hidden)?;
+            let best = ops.argmax(&target)?;
             let losses = ops.cross_entropy(&mut target, &labels, None)?;
             // The token at position p is predicted at row p - 1.
-            add(&mut sums[0], buckets, first + 1, &losses, &vec![0.0; count]);
+            add(&mut sums[0], buckets, first + 1, losses.iter().map(|&loss| (loss, 0.0, true)));
             for ((student, hidden), sums) in students.iter().zip(&hidden).zip(&mut sums[1..]) {
                 let mut logits = logits_of(student, hidden)?;
+                let own = ops.argmax(&logits)?;
                 let losses = ops.cross_entropy(&mut logits, &labels, None)?;
                 let kl = ops.kl_divergence(&mut logits, &target, &vec![true; count], None)?;
-                add(sums, buckets, first + 1, &losses, &kl);
+                let same = own.iter().zip(&best).map(|(a, b)| a == b);
+                add(sums, buckets, first + 1, losses.into_iter().zip(kl).zip(same).map(|((l, kl), same)| (l, kl, same)));
             }
         }
         tell((done + 1) * text.len());
@@ -106,15 +113,18 @@ pub fn scores_by_position(
 struct Sums {
     loss: f64,
     kl: f64,
+    same: usize,
     count: usize,
 }
 
-fn add(sums: &mut [Sums], buckets: &[Bucket], first_position: usize, losses: &[f32], kl: &[f32]) {
-    for (i, (loss, kl)) in losses.iter().zip(kl).enumerate() {
+/// Loss, KL and whether the most likely token is the teacher's, of one row after the other.
+fn add(sums: &mut [Sums], buckets: &[Bucket], first_position: usize, rows: impl Iterator<Item = (f32, f32, bool)>) {
+    for (i, (loss, kl, same)) in rows.enumerate() {
         let position = first_position + i;
         if let Some(at) = buckets.iter().position(|b| (b.from..b.to).contains(&position)) {
-            sums[at].loss += f64::from(*loss);
-            sums[at].kl += f64::from(*kl);
+            sums[at].loss += f64::from(loss);
+            sums[at].kl += f64::from(kl);
+            sums[at].same += usize::from(same);
             sums[at].count += 1;
         }
     }
@@ -126,6 +136,7 @@ fn finish(name: String, sums: &[Sums]) -> PositionScores {
         name,
         perplexity: sums.iter().map(|s| mean(s.loss, s.count).map(f64::exp)).collect(),
         kl: sums.iter().map(|s| mean(s.kl, s.count)).collect(),
+        agreement: sums.iter().map(|s| mean(s.same as f64, s.count)).collect(),
         tokens: sums.iter().map(|s| s.count).collect(),
     }
 }

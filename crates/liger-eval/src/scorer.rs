@@ -1,9 +1,9 @@
 //! Log-likelihoods of continuations, by lm-evaluation-harness's definitions.
 
-use liger_model::{Result, Tokenizer};
-use liger_tensor::Sequences;
+use liger_model::{Decoder, Result, Tokenizer};
+use liger_tensor::{Ops, Sequences};
 
-use crate::Subject;
+use crate::{Cache, Subject};
 
 /// A continuation to score after a context, in tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,10 +25,15 @@ pub struct Likelihood {
     pub cut: bool,
 }
 
-/// Tokens of one pass: enough to keep the products busy, few enough for any memory.
-const TOKENS: usize = 4096;
+/// Tokens of one pass: enough to keep the products busy, few enough for the device's memory.
+fn tokens_of_a_pass(ops: &dyn Ops) -> usize {
+    if ops.memory().is_some() { 32_768 } else { 4096 }
+}
+
 /// Rows whose logits are in memory at once.
-const ROWS: usize = 256;
+pub(crate) fn rows_at_once(decoder: &Decoder) -> usize {
+    if decoder.ops().memory().is_some() { ((1 << 28) / decoder.config().vocab_size).max(256) } else { 256 }
+}
 
 impl Request {
     /// The continuation's tokens are those of the whole text after as many as the context alone has. Spaces at the context's
@@ -37,8 +42,10 @@ impl Request {
     /// # Errors
     /// If the tokenizer fails.
     pub fn new(tokenizer: &Tokenizer, context: &str, continuation: &str, first: u32) -> Result<Self> {
-        let mut given = tokenizer.encode(context.trim_end(), false)?;
-        let mut whole = tokenizer.encode(&format!("{context}{continuation}"), false)?;
+        // With what the tokenizer puts before a text, as the harness does since 0.4.10.
+        let mut given =
+            if context.is_empty() { Vec::new() } else { tokenizer.encode(context.trim_end(), true)? };
+        let mut whole = tokenizer.encode(&format!("{context}{continuation}"), !context.is_empty())?;
         let continuation = whole.split_off(given.len().min(whole.len()));
         if given.is_empty() {
             given.push(first);
@@ -46,37 +53,66 @@ impl Request {
         Ok(Self { context: given, continuation })
     }
 
-    fn len(&self) -> usize {
+    /// A whole text as requests that fit into `limit` tokens: each token is predicted once, after as many tokens of what
+    /// comes before it as a full last piece has room for, the first one after the token `first`.
+    pub fn rolling(ids: &[u32], first: u32, limit: usize) -> Vec<Self> {
+        let mut requests = Vec::new();
+        let mut done = 0;
+        while done < ids.len() {
+            let end = ids.len().min(done + limit);
+            // A last piece reaches back until it is full.
+            let context = if done == 0 { vec![first] } else { ids[end - limit - 1..done].to_vec() };
+            requests.push(Self { context, continuation: ids[done..end].to_vec() });
+            done = end;
+        }
+        requests
+    }
+
+    /// Tokens of context and continuation.
+    pub fn tokens(&self) -> usize {
         self.context.len() + self.continuation.len()
     }
 }
 
-/// Scores requests, the longest ones first; `tell(requests done)` is called as it goes.
+/// Scores requests, the longest ones first; answers that `cache` has are taken from it. `tell(requests done)` is called
+/// as it goes.
 ///
 /// # Errors
-/// If the device fails or a token is not the model's.
+/// If the device fails, a token is not the model's, or the cache cannot be written.
 pub fn loglikelihood(
     subject: &Subject<'_>,
     requests: &[Request],
+    mut cache: Option<&mut Cache>,
     tell: &mut dyn FnMut(usize),
 ) -> Result<Vec<Likelihood>> {
-    let mut order: Vec<usize> = (0..requests.len()).collect();
-    order.sort_by_key(|&i| std::cmp::Reverse(requests[i].len()));
     let mut scores = vec![Likelihood { log: 0.0, greedy: true, cut: false }; requests.len()];
-    let mut done = 0;
-    while done < order.len() {
-        let mut tokens = 0;
-        let fits = order[done..].iter().take_while(|&&i| {
-            tokens += requests[i].len();
-            tokens <= TOKENS
-        });
-        let count = fits.count().max(1);
-        let batch = &order[done..done + count];
-        for (&i, score) in batch.iter().zip(score_batch(subject, batch.iter().map(|&i| &requests[i]))?) {
-            scores[i] = score;
+    let mut order = Vec::with_capacity(requests.len());
+    for (i, request) in requests.iter().enumerate() {
+        match cache.as_ref().and_then(|cache| cache.likelihood(request)) {
+            Some(known) => scores[i] = known,
+            None => order.push(i),
         }
-        done += count;
-        tell(done);
+    }
+    order.sort_by_key(|&i| std::cmp::Reverse(requests[i].tokens()));
+    let known = requests.len() - order.len();
+    let room = tokens_of_a_pass(subject.decoder.ops());
+    let mut rest = order.as_slice();
+    while !rest.is_empty() {
+        let mut tokens = 0;
+        let fits = rest.iter().take_while(|&&i| {
+            tokens += requests[i].tokens();
+            tokens <= room
+        });
+        let (batch, after) = rest.split_at(fits.count().max(1));
+        rest = after;
+        let answers = score_batch(subject, batch.iter().map(|&i| &requests[i]))?;
+        for (&i, score) in batch.iter().zip(&answers) {
+            scores[i] = *score;
+        }
+        if let Some(cache) = cache.as_deref_mut() {
+            cache.keep(batch.iter().map(|&i| &requests[i]).zip(answers))?;
+        }
+        tell(known + order.len() - rest.len());
     }
     Ok(scores)
 }
@@ -110,8 +146,9 @@ fn score_batch<'a>(subject: &Subject<'_>, requests: impl Iterator<Item = &'a Req
         at += count;
         owners.extend(std::iter::repeat_n(owner, count));
     }
-    for first in (0..labels.len()).step_by(ROWS) {
-        let count = ROWS.min(labels.len() - first);
+    let step = rows_at_once(decoder);
+    for first in (0..labels.len()).step_by(step) {
+        let count = step.min(labels.len() - first);
         let mut part = ops.empty(&[count, hidden.dim(1)])?;
         ops.copy_rows(&mut part, &rows, first)?;
         let mut logits = decoder.logits(&part)?;

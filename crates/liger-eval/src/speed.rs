@@ -3,10 +3,10 @@
 use std::time::Instant;
 
 use liger_model::{Decoder, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// What one step costs.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct StepCost {
     /// Tokens before it.
     pub context: usize,

@@ -1,4 +1,6 @@
-//! Tables for a terminal and for Markdown.
+//! Tables for a terminal, for Markdown and for HTML.
+
+use crate::document::escape;
 
 /// Rows of text under a head; the first column is left-aligned, the others right.
 #[derive(Debug, Clone, Default)]
@@ -35,6 +37,16 @@ impl Table {
     /// Columns under one another.
     pub fn to_text(&self) -> String {
         self.rows.iter().map(|row| self.padded(row).join("  ").trim_end().to_owned() + "\n").collect()
+    }
+
+    /// An HTML table.
+    pub fn to_html(&self) -> String {
+        let row = |(i, row): (usize, &Vec<String>)| {
+            let tag = if i == 0 { "th" } else { "td" };
+            let cells = row.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell)));
+            format!("<tr>{}</tr>\n", cells.collect::<String>())
+        };
+        format!("<table>\n{}</table>", self.rows.iter().enumerate().map(row).collect::<String>())
     }
 
     /// A Markdown table.

@@ -32,6 +32,12 @@ pub struct Branches {
     pub window: Tensor,
     /// The recurrent branch, `None` where alpha is 0.
     pub recurrent: Option<Tensor>,
+    /// Its log gates `[N, K, D]` (for gsa `[N, K, slots]`).
+    pub log_gate: Option<Tensor>,
+    /// Weight of the recurrent branch.
+    pub alpha: f32,
+    /// Weight of the window branch.
+    pub beta: f32,
 }
 
 /// Everything that the forward computed and the backward needs.
@@ -86,10 +92,14 @@ impl Context<'_> {
         let (middle, attention) = self.attention_forward(x, state, false)?;
         let (gate, up) = self.gate_up(&middle)?;
         *x = self.down(&middle, &gate, &up)?;
+        let Mixer::Liger(mixer) = self.mixer else { return Ok(None) };
         Ok(attention.liger.map(|liger| Branches {
             layer: self.layer,
+            log_gate: liger.branch.into_log_gate(),
             window: liger.window,
             recurrent: liger.recurrent,
+            alpha: mixer.alpha,
+            beta: mixer.beta,
         }))
     }
 

@@ -1,35 +1,72 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
-use liger_eval::{Subject, Table, Task, TaskScores, evaluate};
-use liger_model::files;
+use liger_eval::{
+    Answer, Bucket, Cache, EvaluationRun, Item, LongText, ModelScores, PositionScores, Probe, RecallScores, Subject,
+    Surroundings, Table, Task, TaskScores, branch_scores, evaluate, greedy_agreement, hash_files, position_table, recall,
+    recall_table, recovery_table, scores_by_position, shown, step_cost,
+};
+use liger_model::{Checkpoint, Decoder, LigerConfig, Structure, files};
+use liger_train::data::Documents;
 use serde_json::json;
 
-use crate::common::{DeviceArgs, Loaded, print};
+use crate::common::{DeviceArgs, Loaded, cache_folder, parse_count, print};
 use crate::progress::Progress;
 
-/// Score benchmarks by lm-evaluation-harness's definitions.
+/// Score models: benchmarks by lm-evaluation-harness's definitions, long texts by position, recall.
 #[derive(clap::Args)]
-#[command(after_help = "Example: liger eval smollm2-liger --tasks arc_easy,piqa --data-dir benchmarks --limit 300")]
+#[command(after_help = "Examples:\n  \
+    liger eval smollm2-liger --teacher SmolLM2-135M-Instruct --tasks arc_easy,piqa,passkey --out run.json\n  \
+    liger eval smollm2-liger --teacher SmolLM2-135M-Instruct --text book.txt --variants as-is,no-recurrence\n  \
+    liger report run.json")]
 pub struct Args {
     /// Model folder or GGUF file, base or Liger
     model: PathBuf,
-    /// piqa, arc_easy, arc_challenge, hellaswag, winogrande, openbookqa, boolq, lambada_openai, or task files of your own
-    /// (.toml)
-    #[arg(long, value_delimiter = ',', required = true)]
-    tasks: Vec<String>,
-    /// Folder of the records: NAME.jsonl or NAME.jsonl.zst
+    /// Model to compare with: it is scored first
     #[arg(long)]
-    data_dir: PathBuf,
+    teacher: Option<PathBuf>,
+    /// Names, comma-separated: piqa, arc_easy, arc_challenge, hellaswag, winogrande, mmlu, mmlu_cloze, openbookqa, boolq,
+    /// lambada_openai, wikitext; passkey, needle, mqar; task files of your own (.toml); `all` for those that come with
+    /// the program
+    #[arg(long, value_delimiter = ',')]
+    tasks: Vec<String>,
+    /// Text to score by position, as `linearize --data`
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Tokens of a piece of that text
+    #[arg(long, default_value = "2K", value_parser = parse_count)]
+    piece: u64,
+    /// Pieces of that text
+    #[arg(long, default_value_t = 4)]
+    pieces: usize,
+    /// The model with other attention: as-is; base (softmax); window, sinks (a window of 64 alone, with 4 sinks); gla, hgrn2,
+    /// gsa, retnet, mamba2, rwkv6 (the paper's form); no-recurrence, no-window, no-sinks
+    #[arg(long, value_delimiter = ',', default_value = "as-is")]
+    variants: Vec<String>,
+    /// Tokens of the texts of passkey, needle and mqar
+    #[arg(long, value_delimiter = ',', value_parser = parse_count, default_value = "256,1024,4096")]
+    lengths: Vec<u64>,
+    /// Folder of the records, NAME.jsonl or NAME.jsonl.zst [default: fetched to the user's cache]
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
     /// Only the first items of each task
     #[arg(long)]
     limit: Option<usize>,
-    /// Write every item to this file, one JSON object a line: task, item, gold, log-likelihood of each choice
+    /// Write the results to this file, for `liger report`
+    #[arg(long, short)]
+    out: Option<PathBuf>,
+    /// Write every item to this file, one JSON object a line: task, model, item, gold, log-likelihood of each choice
     #[arg(long)]
     log_samples: Option<PathBuf>,
     /// Adapter folder
     #[arg(long)]
     adapter: Option<PathBuf>,
+    /// Seed of passkey, needle and mqar
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Neither take answers from the cache nor keep them
+    #[arg(long)]
+    no_cache: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -37,71 +74,348 @@ pub struct Args {
     device: DeviceArgs,
 }
 
+/// Questions of a probe at each length and depth, without `--limit`.
+const QUESTIONS: usize = 10;
+/// Lengths after which a step is timed.
+const CONTEXTS: [usize; 3] = [512, 4096, 16_384];
+
+/// What was asked for, read and checked.
+struct Work {
+    benchmarks: Vec<(Task, Vec<Item>)>,
+    probes: Vec<Probe>,
+}
+
+impl Work {
+    fn read(args: &Args) -> Result<Self> {
+        let (mut benchmarks, mut probes) = (Vec::new(), Vec::new());
+        let all: Vec<String> = Task::names().map(str::to_owned).collect();
+        let names = args.tasks.iter().flat_map(|name| if name == "all" { all.clone() } else { vec![name.clone()] });
+        for name in names {
+            if let Some(probe) = Probe::from_name(&name) {
+                probes.push(probe);
+                continue;
+            }
+            let task = Task::open(&name)?;
+            let folder = match &args.data_dir {
+                Some(folder) => folder.clone(),
+                None => crate::fetch::benchmarks(task.data())?,
+            };
+            let items = task.items(&folder, args.limit.unwrap_or(usize::MAX))?;
+            if items.is_empty() {
+                bail!("{}: no records for {}", folder.display(), task.name);
+            }
+            benchmarks.push((task, items));
+        }
+        Ok(Self { benchmarks, probes })
+    }
+}
+
+/// A model to score and where it came from.
+struct Candidate<'a> {
+    name: String,
+    path: &'a Path,
+    hash: String,
+    loaded: &'a Loaded,
+    decoder: Decoder,
+}
+
+impl<'a> Candidate<'a> {
+    fn subject(&'a self) -> Subject<'a> {
+        Subject { name: self.name.clone(), decoder: &self.decoder, adapter: self.loaded.adapter.as_ref() }
+    }
+
+    fn around(&'a self) -> Surroundings<'a> {
+        let config = self.decoder.config();
+        let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
+        Surroundings { tokenizer: &self.loaded.checkpoint.tokenizer, first, last: &config.eos_token_ids }
+    }
+}
+
 pub fn run(args: &Args) -> Result<()> {
     if args.limit == Some(0) {
         bail!("--limit: found 0, expected at least 1");
     }
-    // All mistakes come up before the model is loaded.
-    let mut work = Vec::new();
-    for name in &args.tasks {
-        let task = Task::open(name)?;
-        let items = task.items(&args.data_dir, args.limit.unwrap_or(usize::MAX))?;
-        if items.is_empty() {
-            bail!("{}: no records for {}", args.data_dir.display(), task.name);
-        }
-        work.push((task, items));
+    if args.tasks.is_empty() && args.text.is_none() {
+        bail!("nothing to score: give --tasks, --text or both");
     }
-    let loaded = Loaded::open(&args.model, args.adapter.as_deref(), &args.device)?;
-    let config = loaded.decoder.config();
-    let first = config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0);
-    let name = args.model.display().to_string();
-    let subject = Subject { name: name.clone(), decoder: &loaded.decoder, adapter: loaded.adapter.as_ref() };
-    let mut results = Vec::new();
-    for (task, items) in &work {
-        let requests: usize = items.iter().map(|item| item.pairs.len()).sum();
-        let mut progress = Progress::new("eval", "requests", requests as u64);
-        let tell = &mut |done: usize| progress.update(done as u64, &task.name);
-        let scores = evaluate(&subject, &loaded.checkpoint.tokenizer, first, task, items, tell)?;
-        progress.finish(&format!("{}, {} items, {requests} requests", task.name, items.len()));
-        if scores.cut > 0 {
-            eprintln!("{}: {} contexts did not fit and lost their beginning", task.name, scores.cut);
+    // All mistakes come up before the models are loaded.
+    let work = Work::read(args)?;
+    let checkpoint = crate::hub::open(&args.model)?;
+    let variants = args
+        .variants
+        .iter()
+        .map(|name| Ok((name.as_str(), variant(name, checkpoint.config.liger.as_ref())?)))
+        .collect::<Result<Vec<_>>>()?;
+    let text = args.text.as_deref().map(|path| Text::read(args, path, &checkpoint)).transpose()?;
+    let ops = args.device.open()?;
+    let loaded = Loaded::load_on(ops.clone(), checkpoint, args.adapter.as_deref(), args.device.dtype)?;
+    let teacher = match &args.teacher {
+        Some(path) => {
+            let checkpoint = crate::hub::open(path)?;
+            if checkpoint.tokenizer.vocab_size() != loaded.checkpoint.tokenizer.vocab_size() {
+                bail!("--teacher {}: another vocabulary than {}", path.display(), args.model.display());
+            }
+            Some(Loaded::load_on(ops, checkpoint, None, args.device.dtype)?)
         }
-        results.push(scores);
+        None => None,
+    };
+    let mut candidates = Vec::new();
+    if let (Some(loaded), Some(path)) = (&teacher, &args.teacher) {
+        let (hash, decoder) = (hash_files(path)?, loaded.decoder.clone());
+        candidates.push(Candidate { name: "teacher".into(), path, hash, loaded, decoder });
     }
+    let mut hash = hash_files(&loaded.checkpoint.path)?;
+    if let Some(adapter) = &args.adapter {
+        hash = format!("{hash}+{}", hash_files(adapter)?);
+    }
+    let stem = args.model.file_name().unwrap_or(args.model.as_os_str()).to_string_lossy();
+    for (name, liger) in variants {
+        let name = if name == "as-is" { stem.clone().into_owned() } else { name.to_owned() };
+        let decoder = match liger {
+            Some(liger) => loaded.decoder.with_attention(liger),
+            None => loaded.decoder.clone(),
+        };
+        candidates.push(Candidate { name, path: &args.model, hash: hash.clone(), loaded: &loaded, decoder });
+    }
+    let run = score(args, &work, text.as_ref(), &candidates)?;
     if let Some(path) = &args.log_samples {
-        let mut lines = String::new();
-        for ((_, items), result) in work.iter().zip(&results) {
-            for (i, (item, own)) in items.iter().zip(&result.likelihoods).enumerate() {
-                let logs: Vec<f64> = own.iter().map(|x| x.log).collect();
-                let greedy: Vec<bool> = own.iter().map(|x| x.greedy).collect();
-                let object = json!({"task": result.task, "item": i, "gold": item.gold, "log_likelihoods": logs,
-                    "greedy": greedy, "prompts": item.pairs});
+        log_samples(path, &work, &run)?;
+    }
+    if let Some(path) = &args.out {
+        run.write(path)?;
+        eprintln!("results are in {p}; liger report {p} makes a page of them", p = path.display());
+    }
+    if args.json {
+        return print(&format!("{}\n", serde_json::to_string(&run)?));
+    }
+    print(&tables(&run))
+}
+
+/// The attention that a variant's name stands for; `None` for the model's own.
+#[expect(clippy::option_option, reason = "the model's own attention, softmax, or a Liger form")]
+fn variant(name: &str, own: Option<&LigerConfig>) -> Result<Option<Option<LigerConfig>>> {
+    let paper = LigerConfig::paper(Structure::Gla);
+    let base = own.unwrap_or(&paper);
+    let window = |sinks| Some(LigerConfig { sinks, alpha: 0.0, beta: 1.0, ..base.clone() });
+    let of_liger = |change: &dyn Fn(LigerConfig) -> LigerConfig| match own {
+        Some(own) => Ok(Some(Some(change(own.clone())))),
+        None => bail!("--variants: `{name}` is for Liger models; this one has softmax attention"),
+    };
+    match name {
+        "as-is" => Ok(None),
+        "base" => Ok(Some(None)),
+        "window" => Ok(Some(window(0))),
+        "sinks" => Ok(Some(window(own.map_or(4, |own| own.sinks.max(4))))),
+        "no-recurrence" => of_liger(&|own| LigerConfig { alpha: 0.0, ..own }),
+        "no-window" => of_liger(&|own| LigerConfig { beta: 0.0, ..own }),
+        "no-sinks" => of_liger(&|own| LigerConfig { sinks: 0, ..own }),
+        _ => match Structure::from_name(name) {
+            Some(structure) => Ok(Some(Some(LigerConfig::paper(structure)))),
+            None => bail!(
+                "--variants: found `{name}`, expected as-is, base, window, sinks, a structure, no-recurrence, no-window or \
+                 no-sinks"
+            ),
+        },
+    }
+}
+
+/// The pieces of a long text.
+struct Text {
+    pieces: Vec<Vec<u32>>,
+    length: usize,
+    description: String,
+}
+
+impl Text {
+    fn read(args: &Args, path: &Path, checkpoint: &Checkpoint) -> Result<Self> {
+        let length = args.piece as usize;
+        let documents = Documents::read(path, &checkpoint.tokenizer, None, &liger_train::Recipe::load("default")?.data)?;
+        let all: Vec<u32> = documents.list.into_iter().flat_map(|document| document.ids).collect();
+        let pieces: Vec<Vec<u32>> = all.chunks_exact(length).take(args.pieces).map(<[u32]>::to_vec).collect();
+        if pieces.is_empty() {
+            bail!("{}: {} tokens, fewer than a piece of {length}; give --piece", path.display(), all.len());
+        }
+        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        let description = format!("{} pieces of {length} tokens of {name}", pieces.len());
+        Ok(Self { pieces, length, description })
+    }
+}
+
+fn score(args: &Args, work: &Work, text: Option<&Text>, candidates: &[Candidate<'_>]) -> Result<EvaluationRun> {
+    let ops = candidates[0].decoder.ops();
+    let mut models = Vec::new();
+    for candidate in candidates {
+        let (tasks, recall) = score_tasks(args, work, candidate)?;
+        let liger = candidate.decoder.config().liger.as_ref().map(LigerConfig::to_json);
+        models.push(ModelScores {
+            name: candidate.name.clone(),
+            path: candidate.path.display().to_string(),
+            hash: candidate.hash.clone(),
+            liger,
+            tokens_tuned: tokens_tuned(args.adapter.as_deref().and_then(Path::parent).unwrap_or(candidate.path)),
+            tasks,
+            recall,
+            branches: Vec::new(),
+            costs: Vec::new(),
+        });
+    }
+    let mut long_text = None;
+    if let Some(text) = text {
+        long_text = Some(score_text(text, candidates)?);
+        for (candidate, model) in candidates.iter().zip(&mut models) {
+            // A page or more; the gates and norms of more text would be the same.
+            let page = &text.pieces[0][..text.length.min(2048)];
+            model.branches = branch_scores(&candidate.subject(), page)?;
+            for context in CONTEXTS {
+                model.costs.push(step_cost(&candidate.decoder, context, 1, 8)?);
+            }
+        }
+    }
+    Ok(EvaluationRun {
+        liger_eval: 1,
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        machine: format!("{}, {}, liger {}", ops.describe(), precision(args), env!("CARGO_PKG_VERSION")),
+        limit: args.limit,
+        models,
+        long_text,
+    })
+}
+
+fn precision(args: &Args) -> &'static str {
+    match args.device.dtype {
+        crate::common::Precision::F32 => "float32",
+        crate::common::Precision::Bf16 => "bfloat16",
+    }
+}
+
+fn score_tasks(args: &Args, work: &Work, candidate: &Candidate<'_>) -> Result<(Vec<TaskScores>, Vec<RecallScores>)> {
+    let (subject, around) = (candidate.subject(), candidate.around());
+    let liger = subject.decoder.config().liger.as_ref().map(LigerConfig::to_json);
+    let identity = format!("{} {liger:?} {} {}", candidate.hash, subject.decoder.ops().describe(), precision(args));
+    let mut cache = if args.no_cache { None } else { Some(Cache::open(&cache_folder("eval"), &identity)?) };
+    let (mut tasks, mut probes) = (Vec::new(), Vec::new());
+    for (task, items) in &work.benchmarks {
+        let requests: usize = items.iter().map(Item::requests).sum();
+        let mut progress = Progress::new("eval", "requests", requests as u64);
+        let words = format!("{}, {}", subject.name, task.name);
+        let tell = &mut |done: usize| progress.update(done as u64, &words);
+        let scores = evaluate(&subject, &around, task, items, cache.as_mut(), tell)?;
+        progress.finish(&format!("{words}, {} items, {requests} requests", items.len()));
+        tell_cut(&words, scores.cut);
+        tasks.push(scores);
+    }
+    let lengths: Vec<usize> = args.lengths.iter().map(|&n| n as usize).collect();
+    let per_cell = args.limit.map_or(QUESTIONS, |limit| limit.div_ceil(liger_eval::DEPTHS.len()).min(QUESTIONS));
+    for &probe in &work.probes {
+        let total = lengths.len() * liger_eval::DEPTHS.len() * per_cell;
+        let mut progress = Progress::new("eval", "questions", total as u64);
+        let words = format!("{}, {}", subject.name, probe.name());
+        let tell = &mut |done: usize| progress.update(done as u64, &words);
+        let scores = recall(&subject, around.tokenizer, probe, &lengths, (per_cell, args.seed), cache.as_mut(), tell)?;
+        progress.finish(&format!("{words}, {total} questions"));
+        tell_cut(&words, scores.cut);
+        probes.push(scores);
+    }
+    Ok((tasks, probes))
+}
+
+fn tell_cut(words: &str, cut: usize) {
+    if cut > 0 {
+        eprintln!("{words}: {cut} contexts did not fit and lost their beginning");
+    }
+}
+
+fn score_text(text: &Text, candidates: &[Candidate<'_>]) -> Result<LongText> {
+    let subjects: Vec<Subject<'_>> = candidates.iter().map(Candidate::subject).collect();
+    let (first, others) = (&subjects[0], &subjects[1..]);
+    let total = text.pieces.len() * text.length;
+    let mut progress = Progress::new("eval", "tokens", total as u64);
+    let buckets = Bucket::up_to(text.length);
+    let tell = &mut |done: usize| progress.update(done as u64, "by position");
+    let scores = scores_by_position(first, others, &text.pieces, &buckets, tell)?;
+    progress.finish(&format!("{} models by position on {total} tokens", subjects.len()));
+    let mut greedy = Vec::new();
+    if !others.is_empty() {
+        for prompt in [64, 512, 2048].into_iter().filter(|&n| n <= text.length) {
+            greedy.extend(greedy_agreement(first, others, &text.pieces[..text.pieces.len().min(8)], prompt)?);
+        }
+    }
+    Ok(LongText { description: text.description.clone(), buckets, scores, greedy })
+}
+
+/// Tokens of the tuning that a folder is the outcome of.
+fn tokens_tuned(folder: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(folder.join("metrics.jsonl")).ok()?;
+    let last: serde_json::Value = serde_json::from_str(text.lines().last()?).ok()?;
+    last.get("tokens")?.as_u64()
+}
+
+fn log_samples(path: &Path, work: &Work, run: &EvaluationRun) -> Result<()> {
+    let mut lines = String::new();
+    for model in &run.models {
+        for ((_, items), result) in work.benchmarks.iter().zip(&model.tasks) {
+            for (i, (item, answer)) in items.iter().zip(&result.answers).enumerate() {
+                let mut object = json!({"task": result.task, "model": model.name, "item": i});
+                let fields = match item {
+                    Item::Choices { pairs, lengths, gold } => {
+                        json!({"gold": gold, "lengths": lengths, "prompts": pairs})
+                    }
+                    Item::Text { words, bytes, .. } => json!({"words": words, "bytes": bytes}),
+                    Item::Answer { context, answer } => json!({"gold": answer, "prompts": [context]}),
+                };
+                let answer = match answer {
+                    Answer::Likelihoods(own) => json!({
+                        "log_likelihoods": own.iter().map(|x| x.log).collect::<Vec<_>>(),
+                        "greedy": own.iter().map(|x| x.greedy).collect::<Vec<_>>(),
+                    }),
+                    Answer::Text(text) => json!({"answer": text}),
+                };
+                for more in [answer, fields] {
+                    if let (Some(object), serde_json::Value::Object(more)) = (object.as_object_mut(), more) {
+                        object.extend(more);
+                    }
+                }
                 lines.push_str(&format!("{object}\n"));
             }
         }
-        files::write_whole(path, lines.as_bytes())?;
     }
-    if args.json {
-        let object = json!({"model": name, "device": loaded.decoder.ops().describe(), "limit": args.limit,
-            "tasks": results});
-        return print(&format!("{object}\n"));
-    }
-    print(&table(&results).to_text())
+    Ok(files::write_whole(path, lines.as_bytes())?)
 }
 
-/// Accuracies in percent.
-fn table(results: &[TaskScores]) -> Table {
-    let mut table = Table::new(["task", "items", "metric", "value", "standard error"]);
-    for result in results {
+/// Everything for a terminal.
+fn tables(run: &EvaluationRun) -> String {
+    let models: Vec<&ModelScores> = run.models.iter().collect();
+    let mut parts = Vec::new();
+    if let [only] = models[..] {
+        if !only.tasks.is_empty() {
+            parts.push(task_table(only).to_text());
+        }
+    } else if models.iter().any(|m| !m.tasks.is_empty()) {
+        parts.push(recovery_table(&models, run.has_teacher()).to_text());
+    }
+    if models.iter().any(|m| !m.recall.is_empty()) {
+        parts.push(format!("Recall by length, percent right\n{}", recall_table(&models).to_text()));
+    }
+    if let Some(long) = &run.long_text {
+        let table = |value: fn(&PositionScores) -> &[Option<f64>], scores: &[PositionScores]| {
+            position_table(&long.buckets, scores, value).to_text()
+        };
+        parts.push(format!("Perplexity by position, {}\n{}", long.description, table(|s| &s.perplexity, &long.scores)));
+        if long.scores.len() > 1 {
+            let first = &long.scores[0].name;
+            parts.push(format!("KL to {first}, nats\n{}", table(|s| &s.kl, &long.scores[1..])));
+            parts.push(format!("Same most likely token as {first}\n{}", table(|s| &s.agreement, &long.scores[1..])));
+        }
+    }
+    parts.join("\n")
+}
+
+/// Every metric of one model.
+fn task_table(model: &ModelScores) -> Table {
+    let mut table = Table::new(["task", "items", "metric", "value"]);
+    for result in &model.tasks {
         for score in &result.scores {
-            let scale = if score.metric == "perplexity" { 1.0 } else { 100.0 };
-            table.row([
-                result.task.clone(),
-                result.items.to_string(),
-                score.metric.to_owned(),
-                format!("{:.2}", scale * score.value),
-                score.standard_error.map_or(String::new(), |e| format!("{:.2}", scale * e)),
-            ]);
+            table.row([result.task.clone(), result.items.to_string(), score.metric.clone(), shown(score)]);
         }
     }
     table

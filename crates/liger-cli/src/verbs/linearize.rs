@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use liger_eval::{Answers, BUCKETS, ConversionReport, Subject, scores_by_position, step_cost};
+use liger_eval::{Answers, Bucket, ConversionReport, Subject, scores_by_position, step_cost};
 use liger_model::checkpoint::{SaveFormat, load_adapter, save_model};
 use liger_model::{
     Adapter, Checkpoint, Decoder, GenerateOptions, Generator, LigerConfig, Message, Recompute, Sampling, files,
@@ -151,7 +151,7 @@ pub fn run(args: &Args) -> Result<()> {
             100.0 * adapter.parameter_count() as f64 / checkpoint.config.parameter_count() as f64,
             start.elapsed().as_secs_f64()
         ),
-        buckets: BUCKETS.to_vec(),
+        buckets: Bucket::up_to(PIECE),
         scores,
         costs,
         answers,
@@ -165,7 +165,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     print(&format!(
         "\nPerplexity by position\n{}\nKL to the teacher by position, nats\n{}\nA token's time and memory\n{}\n\
-         {question}\n\nTeacher: {teacher}\n\nStudent: {student}\n\nModel, adapter and report.md are in {out}; try\n  \
+         {question}\n\nTeacher: {teacher}\n\nStudent: {student}\n\nModel, adapter and report.html are in {out}; try\n  \
          liger generate {out} --prompt 'Hello'\n",
         report.perplexity_table().to_text(),
         report.kl_table().to_text(),
@@ -391,7 +391,7 @@ fn measure(
     let total: usize = texts.pieces.iter().map(Vec::len).sum();
     let mut progress = Progress::new("measure", "tokens", total as u64);
     let scores =
-        scores_by_position(&subject("teacher", teacher, None), &students, &texts.pieces, &BUCKETS, &mut |done| {
+        scores_by_position(&subject("teacher", teacher, None), &students, &texts.pieces, &Bucket::up_to(PIECE), &mut |done| {
             progress.update(done as u64, "");
         })
         .with_context(|| args.model.display().to_string())?;

@@ -10,3 +10,4 @@ pub mod generate;
 pub mod info;
 pub mod linearize;
 pub mod logits;
+pub mod report;

@@ -32,13 +32,23 @@ pub(crate) struct LigerActivations {
     statistics: Option<Tensor>,
     /// `None` where alpha is 0: the branch is not run.
     pub(crate) recurrent: Option<Tensor>,
-    branch: Branch,
+    pub(crate) branch: Branch,
 }
 
-enum Branch {
+pub(crate) enum Branch {
     Off,
     Features { query: Tensor, key: Tensor, log_gate: Tensor, states: Option<Tensor> },
     Slots(Slots),
+}
+
+impl Branch {
+    pub(crate) fn into_log_gate(self) -> Option<Tensor> {
+        match self {
+            Self::Off => None,
+            Self::Features { log_gate, .. } => Some(log_gate),
+            Self::Slots(slots) => Some(slots.log_gate),
+        }
+    }
 }
 
 impl Liger {

@@ -11,7 +11,7 @@ use crate::error::Result;
 /// Activations of the two passes.
 pub(crate) struct Slots {
     /// `[N, K, M]`.
-    log_gate: Tensor,
+    pub(crate) log_gate: Tensor,
     /// `[N, K, M]`.
     write: Tensor,
     /// Soft-maxed scores `[N, H, M]`.
