@@ -185,10 +185,11 @@ fn a_benchmark_is_scored() {
     std::fs::write(dir.join("piqa.jsonl"), records).unwrap();
     let args =
         ["eval", "m", "--tasks", "piqa", "--data-dir", ".", "--limit", "2", "--json", "--log-samples", "log.jsonl"];
+    let args = [&args[..], &["--no-cache"]].concat();
     let output = liger().args(args).current_dir(dir).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let result: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let task = &result["tasks"][0];
+    let task = &result["models"][0]["tasks"][0];
     assert_eq!((task["task"].as_str(), task["items"].as_u64()), (Some("piqa"), Some(2)));
     let log = std::fs::read_to_string(dir.join("log.jsonl")).unwrap();
     let first: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();

@@ -61,8 +61,7 @@ fn half_lives(gates: &[f32], heads: usize, dims: usize) -> Vec<f64> {
     }
     let rows = (gates.len() / (heads * dims)).max(1) as f64;
     let median = |own: &[f64]| {
-        let mut lives: Vec<f64> =
-            own.iter().map(|sum| std::f64::consts::LN_2 / (sum / rows).max(1e-9)).collect();
+        let mut lives: Vec<f64> = own.iter().map(|sum| std::f64::consts::LN_2 / (sum / rows).max(1e-9)).collect();
         lives.sort_by(f64::total_cmp);
         lives[lives.len() / 2]
     };

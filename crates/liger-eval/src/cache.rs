@@ -38,8 +38,7 @@ impl Cache {
             move |source| Error::Io { path, doing, source }
         };
         std::fs::create_dir_all(folder).map_err(io("make the folder of"))?;
-        let mut file =
-            OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io("open"))?;
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io("open"))?;
         let (mut likelihoods, mut texts) = (HashMap::new(), HashMap::new());
         let mut whole = 0;
         let mut reader = BufReader::new(&file);

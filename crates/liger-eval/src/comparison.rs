@@ -106,9 +106,8 @@ pub fn comparison(runs: &[EvaluationRun], conversions: &[ConversionReport]) -> D
         runs.iter().filter(|run| run.models.iter().any(|m| !m.tasks.is_empty())).collect();
     if !with_tasks.is_empty() {
         blocks.push(heading("Benchmarks"));
-        blocks.push(Block::Text(
-            "Accuracies in percent with standard errors; the headline metric of each task.".into(),
-        ));
+        blocks
+            .push(Block::Text("Accuracies in percent with standard errors; the headline metric of each task.".into()));
     }
     // The first run's teacher stands for all: its row comes first.
     let models: Vec<&ModelScores> = with_tasks.iter().flat_map(|run| &run.models).collect();
@@ -131,7 +130,10 @@ pub fn comparison(runs: &[EvaluationRun], conversions: &[ConversionReport]) -> D
             if long.scores.len() > 1 {
                 blocks.push(Block::Text(format!("KL to {}, nats", long.scores[0].name)));
                 blocks.push(Block::Table(position_table(&long.buckets, &long.scores[1..], |s| &s.kl)));
-                blocks.push(Block::Text(format!("Share of tokens where the most likely one is that of {}", long.scores[0].name)));
+                blocks.push(Block::Text(format!(
+                    "Share of tokens where the most likely one is that of {}",
+                    long.scores[0].name
+                )));
                 blocks.push(Block::Table(position_table(&long.buckets, &long.scores[1..], |s| &s.agreement)));
             }
             greedy(&mut blocks, run);
@@ -187,8 +189,7 @@ fn greedy(blocks: &mut Vec<Block>, run: &EvaluationRun) {
 }
 
 fn recall(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
-    let models: Vec<&ModelScores> =
-        runs.iter().flat_map(|run| &run.models).filter(|m| !m.recall.is_empty()).collect();
+    let models: Vec<&ModelScores> = runs.iter().flat_map(|run| &run.models).filter(|m| !m.recall.is_empty()).collect();
     if models.is_empty() {
         return;
     }
@@ -211,14 +212,16 @@ fn recall(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
     }
     blocks.push(Block::Table(recall_table(&models)));
     let mut by_depth = Table::new(
-        ["model", "probe"].map(str::to_owned).into_iter().chain(crate::DEPTHS.map(|d| format!("depth {:.0} %", 100.0 * d))),
+        ["model", "probe"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(crate::DEPTHS.map(|d| format!("depth {:.0} %", 100.0 * d))),
     );
     for model in &models {
         for scores in &model.recall {
             let cells = crate::DEPTHS.map(|depth| {
                 let own = || scores.cells.iter().filter(move |cell| cell.depth == depth);
-                let (right, items): (usize, usize) =
-                    (own().map(|c| c.right).sum(), own().map(|c| c.items).sum());
+                let (right, items): (usize, usize) = (own().map(|c| c.right).sum(), own().map(|c| c.items).sum());
                 format!("{:.0}", 100.0 * right as f64 / items.max(1) as f64)
             });
             by_depth.row([model.name.clone(), scores.probe.clone()].into_iter().chain(cells));
@@ -229,8 +232,7 @@ fn recall(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
 }
 
 fn costs(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
-    let models: Vec<&ModelScores> =
-        runs.iter().flat_map(|run| &run.models).filter(|m| !m.costs.is_empty()).collect();
+    let models: Vec<&ModelScores> = runs.iter().flat_map(|run| &run.models).filter(|m| !m.costs.is_empty()).collect();
     if models.is_empty() {
         return;
     }

@@ -69,11 +69,8 @@ impl Document {
                         }
                         _ => svg.clone(),
                     };
-                    let named = svg.replacen(
-                        "<svg ",
-                        &format!("<svg role=\"img\" aria-label=\"{}\" ", escape(words)),
-                        1,
-                    );
+                    let named =
+                        svg.replacen("<svg ", &format!("<svg role=\"img\" aria-label=\"{}\" ", escape(words)), 1);
                     format!("<figure>{named}</figure>\n")
                 }
                 Block::Code(text) => format!("<pre>{}</pre>\n", escape(text)),
@@ -146,7 +143,8 @@ mod tests {
             ],
         };
         let html = document.to_html();
-        for part in ["A &amp; B", "&lt;b&gt;", "viewBox=\"0 0 10 5\"", "aria-label=\"Memory\"", "liger eval &lt;x&gt;"] {
+        for part in ["A &amp; B", "&lt;b&gt;", "viewBox=\"0 0 10 5\"", "aria-label=\"Memory\"", "liger eval &lt;x&gt;"]
+        {
             assert!(html.contains(part), "{part}");
         }
         assert!(!html.contains("http") && !html.contains("<b>"));

@@ -154,12 +154,15 @@ pub(crate) fn share(right: usize, of: usize) -> (f64, Option<f64>) {
     (mean, (of > 1).then(|| (mean * (1.0 - mean) / (n - 1.0)).sqrt()))
 }
 
+/// Whether an item is answered right: characters of its choices, number of the right one, what the model says of each.
+type Right<'a> = dyn Fn(&[usize], usize, &[Likelihood]) -> bool + 'a;
+
 fn score(metric: Metric, answers: &[(&Item, &[Likelihood])]) -> Score {
     let choices = answers.iter().filter_map(|(item, own)| match item {
         Item::Choices { lengths, gold, .. } => Some((lengths, *gold, *own)),
         _ => None,
     });
-    let count = |right: &dyn Fn(&[usize], usize, &[Likelihood]) -> bool| {
+    let count = |right: &Right<'_>| {
         let matches = choices.clone().filter(|(lengths, gold, own)| right(lengths, *gold, own)).count();
         share(matches, answers.len())
     };

@@ -75,8 +75,12 @@ mod tests {
     #[test]
     fn a_map_is_an_svg_with_its_words() {
         let row = ("teacher".to_owned(), vec![Some(1.0), None]);
-        let mut map =
-            HeatMap { title: "Recall".into(), x: "tokens".into(), columns: vec!["256".into(), "1K".into()], rows: vec![row] };
+        let mut map = HeatMap {
+            title: "Recall".into(),
+            x: "tokens".into(),
+            columns: vec!["256".into(), "1K".into()],
+            rows: vec![row],
+        };
         let svg = map.to_svg().unwrap();
         for word in ["<svg", "Recall", "tokens", "teacher", "100"] {
             assert!(svg.contains(word), "{word}");

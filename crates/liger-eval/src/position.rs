@@ -100,7 +100,12 @@ pub fn scores_by_position(
                 let losses = ops.cross_entropy(&mut logits, &labels, None)?;
                 let kl = ops.kl_divergence(&mut logits, &target, &vec![true; count], None)?;
                 let same = own.iter().zip(&best).map(|(a, b)| a == b);
-                add(sums, buckets, first + 1, losses.into_iter().zip(kl).zip(same).map(|((l, kl), same)| (l, kl, same)));
+                add(
+                    sums,
+                    buckets,
+                    first + 1,
+                    losses.into_iter().zip(kl).zip(same).map(|((l, kl), same)| (l, kl, same)),
+                );
             }
         }
         tell((done + 1) * text.len());

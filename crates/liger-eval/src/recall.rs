@@ -189,14 +189,22 @@ const ADJECTIVES: &[&str] = &[
 ];
 const THINGS: &[&str] = &[
     "basket", "lamp", "table", "coat", "bell", "clock", "ladder", "mirror", "bottle", "wheel", "drum", "letter",
-    "candle", "bridge", "horse", "apple", "shoe", "knife", "chair", "window", "stone", "rope", "book", "boat", "garden",
-    "barrel", "spoon", "gate", "hammer", "flag", "kettle", "violin",
+    "candle", "bridge", "horse", "apple", "shoe", "knife", "chair", "window", "stone", "rope", "book", "boat",
+    "garden", "barrel", "spoon", "gate", "hammer", "flag", "kettle", "violin",
 ];
 const PLACES: &[&str] = &[
     "Oslo", "Cairo", "Lima", "Boston", "Vienna", "Kyoto", "Dublin", "Havana", "Prague", "Nairobi", "Geneva", "Delhi",
     "Lisbon", "Denver", "Athens", "Quebec",
 ];
 const TIMES: &[&str] = &[
-    "In spring", "At noon", "Last winter", "On Monday", "After the storm", "Before dawn", "In the evening",
-    "That summer", "At midnight", "During the fair",
+    "In spring",
+    "At noon",
+    "Last winter",
+    "On Monday",
+    "After the storm",
+    "Before dawn",
+    "In the evening",
+    "That summer",
+    "At midnight",
+    "During the fair",
 ];

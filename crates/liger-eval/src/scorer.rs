@@ -43,8 +43,7 @@ impl Request {
     /// If the tokenizer fails.
     pub fn new(tokenizer: &Tokenizer, context: &str, continuation: &str, first: u32) -> Result<Self> {
         // With what the tokenizer puts before a text, as the harness does since 0.4.10.
-        let mut given =
-            if context.is_empty() { Vec::new() } else { tokenizer.encode(context.trim_end(), true)? };
+        let mut given = if context.is_empty() { Vec::new() } else { tokenizer.encode(context.trim_end(), true)? };
         let mut whole = tokenizer.encode(&format!("{context}{continuation}"), !context.is_empty())?;
         let continuation = whole.split_off(given.len().min(whole.len()));
         if given.is_empty() {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use liger_cpu::Cpu;
-use liger_eval::{Request, Subject, Task, evaluate, loglikelihood};
+use liger_eval::{Item, Request, Subject, Surroundings, Task, evaluate, loglikelihood};
 use liger_model::{Decoder, LigerConfig, ModelConfig, RandomWeights, Structure, Tokenizer, Weights};
 use liger_tensor::{DType, Ops, Sequences};
 
@@ -40,7 +40,7 @@ fn likelihoods_are_sums_over_the_continuation() {
         };
         let long: Vec<u32> = (0..150).map(|i| i * 37 % 250).collect();
         let requests = [request(&[1, 2, 3], &[4]), request(&long, &[9, 8, 7]), request(&[5], &[6, 7])];
-        let scores = loglikelihood(&subject, &requests, &mut |_| {}).unwrap();
+        let scores = loglikelihood(&subject, &requests, None, &mut |_| {}).unwrap();
         for (request, score) in requests.iter().zip(scores) {
             let ids = [&request.context[..], &request.continuation[..]].concat();
             let table = log_probabilities(&decoder, &ids[..ids.len() - 1]);
@@ -63,7 +63,7 @@ fn a_greedy_continuation_is_told() {
     let table = log_probabilities(&decoder, &[3, 1, 4]);
     let best = (0..table[2].len()).max_by(|&a, &b| table[2][a].total_cmp(&table[2][b])).unwrap() as u32;
     let request = |token: u32| Request { context: vec![3, 1, 4], continuation: vec![token] };
-    let scores = loglikelihood(&subject, &[request(best), request((best + 1) % 200)], &mut |_| {}).unwrap();
+    let scores = loglikelihood(&subject, &[request(best), request((best + 1) % 200)], None, &mut |_| {}).unwrap();
     assert_eq!(scores.iter().map(|score| score.greedy).collect::<Vec<_>>(), [true, false]);
 }
 
@@ -73,8 +73,13 @@ fn items(task: &str, records: &str) -> Vec<liger_eval::Item> {
     Task::open(task).unwrap().items(folder.path(), usize::MAX).unwrap()
 }
 
+fn gold(item: &Item) -> usize {
+    if let Item::Choices { gold, .. } = item { *gold } else { panic!("{item:?}") }
+}
+
 fn texts(item: &liger_eval::Item) -> Vec<(&str, &str)> {
-    item.pairs.iter().map(|(context, continuation)| (context.as_str(), continuation.as_str())).collect()
+    let Item::Choices { pairs, .. } = item else { panic!("{item:?}") };
+    pairs.iter().map(|(context, continuation)| (context.as_str(), continuation.as_str())).collect()
 }
 
 #[test]
@@ -82,13 +87,13 @@ fn prompts_are_those_of_the_harness() {
     let record = r#"{"question": "Which?", "choices": {"text": ["a b", "c"], "label": ["1", "2"]}, "answerKey": "2"}"#;
     let arc = &items("arc_easy", record)[0];
     assert_eq!(texts(arc), [("Question: Which?\nAnswer:", " a b"), ("Question: Which?\nAnswer:", " c")]);
-    assert_eq!((arc.gold, &arc.lengths[..]), (1, &[3, 1][..]));
+    assert_eq!(gold(arc), 1);
 
     let record = r#"{"sentence": "Ann beat Bo since _ was fit. ", "option1": "Ann", "option2": "Bo", "answer": "1"}"#;
     let winogrande = &items("winogrande", record)[0];
     let ending = " was fit.";
     assert_eq!(texts(winogrande), [("Ann beat Bo since Ann", ending), ("Ann beat Bo since Bo", ending)]);
-    assert_eq!(winogrande.gold, 0);
+    assert_eq!(gold(winogrande), 0);
 
     let record = r#"{"activity_label": "Baking", "ctx_a": "[header] A cake [title] Mix.", "ctx_b": "the COOK",
         "endings": ["eats. [step] Now", "sleeps"], "label": "1"}"#
@@ -117,24 +122,25 @@ fn accuracies_are_of_the_likelihoods() {
         .collect();
     let items = items("piqa", &records);
     let task = Task::open("piqa").unwrap();
-    let result = evaluate(&subject, &Tokenizer::bytes(), 0, &task, &items, &mut |_| {}).unwrap();
+    let bytes = Tokenizer::bytes();
+    let around = Surroundings { tokenizer: &bytes, first: 0, last: &[] };
+    let result = evaluate(&subject, &around, &task, &items, None, &mut |_| {}).unwrap();
     assert_eq!((result.items, result.cut), (7, 0));
     let tokens = |text: &str| Tokenizer::bytes().encode(text, false).unwrap();
     let right = items.iter().filter(|item| {
-        let sums: Vec<f64> = item
-            .pairs
-            .iter()
+        let sums: Vec<f64> = texts(item)
+            .into_iter()
             .map(|(context, continuation)| {
                 let ids = [tokens(context), tokens(continuation)].concat();
                 let table = log_probabilities(&decoder, &ids[..ids.len() - 1]);
                 (tokens(context).len() - 1..ids.len() - 1).map(|row| table[row][ids[row + 1] as usize]).sum()
             })
             .collect();
-        usize::from(sums[1] > sums[0]) == item.gold
+        usize::from(sums[1] > sums[0]) == gold(item)
     });
     let mean = right.count() as f64 / 7.0;
     let acc = &result.scores[0];
-    assert_eq!((acc.metric, acc.value), ("acc", mean));
+    assert_eq!((acc.metric.as_str(), acc.value), ("acc", mean));
     assert!((acc.standard_error.unwrap() - (mean * (1.0 - mean) / 6.0).sqrt()).abs() < 1e-12);
 }
 

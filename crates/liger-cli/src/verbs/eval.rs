@@ -3,8 +3,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use liger_eval::{
     Answer, Bucket, Cache, EvaluationRun, Item, LongText, ModelScores, PositionScores, Probe, RecallScores, Subject,
-    Surroundings, Table, Task, TaskScores, branch_scores, evaluate, greedy_agreement, hash_files, position_table, recall,
-    recall_table, recovery_table, scores_by_position, shown, step_cost,
+    Surroundings, Table, Task, TaskScores, branch_scores, evaluate, greedy_agreement, hash_files, position_table,
+    recall, recall_table, recovery_table, scores_by_position, shown, step_cost,
 };
 use liger_model::{Checkpoint, Decoder, LigerConfig, Structure, files};
 use liger_train::data::Documents;
@@ -229,7 +229,8 @@ struct Text {
 impl Text {
     fn read(args: &Args, path: &Path, checkpoint: &Checkpoint) -> Result<Self> {
         let length = args.piece as usize;
-        let documents = Documents::read(path, &checkpoint.tokenizer, None, &liger_train::Recipe::load("default")?.data)?;
+        let documents =
+            Documents::read(path, &checkpoint.tokenizer, None, &liger_train::Recipe::load("default")?.data)?;
         let all: Vec<u32> = documents.list.into_iter().flat_map(|document| document.ids).collect();
         let pieces: Vec<Vec<u32>> = all.chunks_exact(length).take(args.pieces).map(<[u32]>::to_vec).collect();
         if pieces.is_empty() {

@@ -390,11 +390,16 @@ fn measure(
     ];
     let total: usize = texts.pieces.iter().map(Vec::len).sum();
     let mut progress = Progress::new("measure", "tokens", total as u64);
-    let scores =
-        scores_by_position(&subject("teacher", teacher, None), &students, &texts.pieces, &Bucket::up_to(PIECE), &mut |done| {
+    let scores = scores_by_position(
+        &subject("teacher", teacher, None),
+        &students,
+        &texts.pieces,
+        &Bucket::up_to(PIECE),
+        &mut |done| {
             progress.update(done as u64, "");
-        })
-        .with_context(|| args.model.display().to_string())?;
+        },
+    )
+    .with_context(|| args.model.display().to_string())?;
     progress.finish(&format!("{} models on {total} tokens", students.len() + 1));
     Ok(scores)
 }

@@ -26,7 +26,10 @@ pub fn run(args: &Args) -> Result<()> {
         }
         let file = path.join("report.json");
         if !file.exists() {
-            bail!("{}: no report.json; give a folder of `liger linearize` or a file of `liger eval --out`", path.display());
+            bail!(
+                "{}: no report.json; give a folder of `liger linearize` or a file of `liger eval --out`",
+                path.display()
+            );
         }
         let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
         let report: ConversionReport =

@@ -50,10 +50,9 @@ impl Kind {
     /// Fields that it needs, and metrics that it has.
     fn needs(self) -> (&'static [&'static str], &'static [Metric]) {
         match self {
-            Self::Choices => (
-                &["context", "choices", "gold"],
-                &[Metric::Acc, Metric::AccNorm, Metric::Greedy, Metric::Perplexity],
-            ),
+            Self::Choices => {
+                (&["context", "choices", "gold"], &[Metric::Acc, Metric::AccNorm, Metric::Greedy, Metric::Perplexity])
+            }
             Self::Text => (&["text"], &[Metric::WordPerplexity, Metric::BytePerplexity, Metric::BitsPerByte]),
             Self::Answer => (&["context", "answer"], &[Metric::ExactMatch]),
         }

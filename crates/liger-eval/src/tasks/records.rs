@@ -66,9 +66,8 @@ impl Task {
 
     fn item(&self, environment: &Environment<'_>, record: &Record, examples: &[(Record, String)]) -> Of<Item> {
         let mut item = self.plain_item(environment, record)?;
-        let description = environment
-            .render_str(&self.description, Value::from(Serde(record)))
-            .map_err(|e| ("description", e))?;
+        let description =
+            environment.render_str(&self.description, Value::from(Serde(record))).map_err(|e| ("description", e))?;
         let mut before = description;
         if let Some(shots) = &self.shots {
             let own = shots.same.as_ref().and_then(|field| record.get(field)).cloned().unwrap_or_default();
@@ -88,9 +87,8 @@ impl Task {
     /// One record as an item, without description and examples.
     fn plain_item(&self, environment: &Environment<'_>, record: &Record) -> Of<Item> {
         let value = Value::from(Serde(record));
-        let render = |field: &'static str, template: &str| {
-            environment.render_str(template, &value).map_err(|e| (field, e))
-        };
+        let render =
+            |field: &'static str, template: &str| environment.render_str(template, &value).map_err(|e| (field, e));
         match self.kind {
             Kind::Choices => self.choices_of(environment, &value),
             Kind::Text => {

@@ -50,13 +50,17 @@ fn without_brackets(text: &str) -> String {
 /// WikiText's spaces around punctuation and in brackets, taken out as the harness does.
 fn wikitext(text: &str) -> String {
     static INSIDE: LazyLock<Vec<Regex>> = LazyLock::new(|| {
-        let patterns =
-            [r"\(\s*([^)]*?)\s*\)", r"\[\s*([^\]]*?)\s*\]", r"\{\s*([^}]*?)\s*\}", r#""\s*([^"]*?)\s*""#, r"'\s*([^']*?)\s*'"];
+        let patterns = [
+            r"\(\s*([^)]*?)\s*\)",
+            r"\[\s*([^\]]*?)\s*\]",
+            r"\{\s*([^}]*?)\s*\}",
+            r#""\s*([^"]*?)\s*""#,
+            r"'\s*([^']*?)\s*'",
+        ];
         patterns.iter().filter_map(|pattern| Regex::new(pattern).ok()).collect()
     });
-    let replace = |text: String, pairs: &[(&str, &str)]| {
-        pairs.iter().fold(text, |text, (from, to)| text.replace(from, to))
-    };
+    let replace =
+        |text: String, pairs: &[(&str, &str)]| pairs.iter().fold(text, |text, (from, to)| text.replace(from, to));
     let text = text.replace("s '", "s'");
     let marks = [(" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), (" : ", ": "), (" ; ", "; "), (" . ", ". ")];
     let more = [(" ! ", "! "), (" ? ", "? "), (" , ", ", ")];
