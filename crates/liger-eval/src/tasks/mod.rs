@@ -114,7 +114,7 @@ fn default_max_tokens() -> usize {
 /// One question.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Item {
-    /// See [`Kind::Choices`].
+    /// Continuations of which one is right.
     Choices {
         /// Context and continuation of every choice.
         pairs: Vec<(String, String)>,
