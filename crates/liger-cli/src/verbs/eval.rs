@@ -15,10 +15,10 @@ use crate::progress::Progress;
 
 /// Score models: benchmarks by lm-evaluation-harness's definitions, long texts by position, recall.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  \
-    liger eval smollm2-liger --teacher SmolLM2-135M-Instruct --tasks arc_easy,piqa,passkey --out run.json\n  \
-    liger eval smollm2-liger --teacher SmolLM2-135M-Instruct --text book.txt --variants as-is,no-recurrence\n  \
-    liger report run.json")]
+#[command(
+    after_help = "Example: liger eval smollm2-liger --teacher SmolLM2-135M-Instruct --tasks arc_easy,passkey --out run.json\n\n\
+    liger report run.json makes a page of it."
+)]
 pub struct Args {
     /// Model folder or GGUF file, base or Liger
     model: PathBuf,
