@@ -146,9 +146,10 @@ pub fn read_records(folder: &Path, name: &str, limit: usize) -> Result<(PathBuf,
     let path = candidates.into_iter().find(|path| path.exists()).ok_or_else(|| Error::Missing {
         path: folder.to_owned(),
         what: format!("{name}.jsonl or {name}.jsonl.zst"),
-        remedy: "put the records there, one JSON object a line, or leave out --data-dir to fetch them \
-                 (docs/evaluation.md)"
-            .into(),
+        remedy: format!(
+            "put the records of {name} there, one JSON object a line, or leave out --data-dir to fetch them \
+             (docs/evaluation.md)"
+        ),
     })?;
     let text = read(&path).map_err(|source| Error::Io { path: path.clone(), doing: "read", source })?;
     let mut records = Vec::new();
