@@ -161,8 +161,14 @@ pub fn comparison(runs: &[EvaluationRun], conversions: &[ConversionReport]) -> D
     Document { title: format!("What was kept of {name}"), blocks }
 }
 
-fn plot(blocks: &mut Vec<Block>, file: &'static str, plot: Plot) {
+fn plot(blocks: &mut Vec<Block>, file: &str, plot: Plot) {
     if let Some(svg) = plot.to_svg() {
+        // Several runs have a plot of the same kind.
+        let same = |block: &&Block| matches!(block, Block::Plot(other, ..) if other.starts_with(file));
+        let file = match blocks.iter().filter(same).count() {
+            0 => file.to_owned(),
+            before => format!("{file}-{}", before + 1),
+        };
         blocks.push(Block::Plot(file, plot.title, svg));
     }
 }
@@ -208,7 +214,7 @@ fn recall(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
     };
     blocks.push(Block::Heading("Recall".into()));
     if let Some(svg) = map.to_svg() {
-        blocks.push(Block::Plot("recall", map.title.clone(), svg));
+        blocks.push(Block::Plot("recall".into(), map.title.clone(), svg));
     }
     blocks.push(Block::Table(recall_table(&models)));
     let mut by_depth = Table::new(
@@ -243,11 +249,10 @@ fn costs(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
         name: m.name.clone(),
         points: m.costs.iter().map(|c| (c.context as f64, c.milliseconds)).collect(),
     });
-    let axis = |label: &str, logarithmic| Axis { label: label.into(), logarithmic };
     let time = Plot {
         title: "Time of a token".into(),
-        x: axis("tokens so far", true),
-        y: axis("milliseconds", false),
+        x: Axis::logarithmic("tokens so far"),
+        y: Axis::linear("milliseconds"),
         lines: time.collect(),
     };
     plot(blocks, "time", time);
@@ -272,15 +277,14 @@ fn branches(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
         return;
     }
     blocks.push(Block::Heading("What each branch does".into()));
-    let axis = |label: &str, logarithmic| Axis { label: label.into(), logarithmic };
     let ratio = models.iter().map(|m| Line {
         name: m.name.clone(),
         points: m.branches.iter().map(|b| (b.layer as f64, b.recurrent / b.window.max(1e-12))).collect(),
     });
     let ratio = Plot {
         title: "Recurrent branch over window branch, root mean squares".into(),
-        x: axis("layer", false),
-        y: axis("ratio", true),
+        x: Axis::linear("layer"),
+        y: Axis::logarithmic("ratio"),
         lines: ratio.collect(),
     };
     plot(blocks, "branches", ratio);
@@ -296,8 +300,8 @@ fn branches(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
     });
     let lives = Plot {
         title: "Half-lives of the gates".into(),
-        x: axis("tokens", true),
-        y: axis("percent of heads", false),
+        x: Axis::logarithmic("tokens"),
+        y: Axis::linear("percent of heads"),
         lines: lives.collect(),
     };
     plot(blocks, "half-lives", lives);
@@ -310,8 +314,12 @@ fn tuning(blocks: &mut Vec<Block>, conversions: &[ConversionReport]) {
     blocks.push(Block::Heading("Tuning".into()));
     let steps = |points: &[(u64, f64)]| points.iter().map(|(x, y)| (*x as f64, *y)).collect::<Vec<_>>();
     let lines = conversions.iter().map(|c| Line { name: c.model.clone(), points: steps(&c.losses) });
-    let axis = |label: &str| Axis { label: label.into(), logarithmic: false };
-    let loss = Plot { title: "Loss while tuning".into(), x: axis("step"), y: axis("nats"), lines: lines.collect() };
+    let loss = Plot {
+        title: "Loss while tuning".into(),
+        x: Axis::linear("step"),
+        y: Axis::linear("nats"),
+        lines: lines.collect(),
+    };
     plot(blocks, "loss", loss);
     for conversion in conversions {
         blocks.push(Block::Text(format!("{}: {}", conversion.model, conversion.tuning)));

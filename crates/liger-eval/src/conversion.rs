@@ -92,18 +92,17 @@ impl ConversionReport {
     }
 
     fn plots(&self) -> Vec<Block> {
-        let axis = |label: &str, logarithmic| Axis { label: label.into(), logarithmic };
         let steps = |points: &[(u64, f64)]| points.iter().map(|(x, y)| (*x as f64, *y)).collect::<Vec<_>>();
         let mut losses = vec![Line { name: "training".into(), points: steps(&self.losses) }];
         if !self.validation.is_empty() {
             losses.push(Line { name: "validation".into(), points: steps(&self.validation) });
         }
-        let loss = Plot { title: "Loss".into(), x: axis("step", false), y: axis("nats", false), lines: losses };
+        let loss = Plot { title: "Loss".into(), x: Axis::linear("step"), y: Axis::linear("nats"), lines: losses };
         let costs: Vec<(&str, &[StepCost])> =
             vec![("teacher: KV cache", &self.costs[0]), ("student: state", &self.costs[1])];
         [("loss", loss), ("perplexity", perplexity_plot(&self.buckets, &self.scores)), ("memory", memory_plot(&costs))]
             .into_iter()
-            .filter_map(|(file, plot)| Some(Block::Plot(file, plot.title.clone(), plot.to_svg()?)))
+            .filter_map(|(file, plot)| Some(Block::Plot(file.into(), plot.title.clone(), plot.to_svg()?)))
             .collect()
     }
 
@@ -169,8 +168,8 @@ pub(crate) fn perplexity_plot(buckets: &[Bucket], scores: &[PositionScores]) -> 
     });
     Plot {
         title: "Perplexity by position".into(),
-        x: Axis { label: "position in the text, tokens".into(), logarithmic: true },
-        y: Axis { label: "perplexity".into(), logarithmic: true },
+        x: Axis::logarithmic("position in the text, tokens"),
+        y: Axis::logarithmic("perplexity"),
         lines: lines.collect(),
     }
 }
@@ -183,8 +182,8 @@ pub(crate) fn memory_plot(costs: &[(&str, &[StepCost])]) -> Plot {
     });
     Plot {
         title: "Memory of a text while decoding".into(),
-        x: Axis { label: "tokens so far".into(), logarithmic: true },
-        y: Axis { label: "MiB".into(), logarithmic: true },
+        x: Axis::logarithmic("tokens so far"),
+        y: Axis::logarithmic("MiB"),
         lines: lines.collect(),
     }
 }

@@ -15,7 +15,7 @@ pub enum Block {
     /// A table.
     Table(Table),
     /// A plot: its file's name without ending, what it shows in words, its SVG.
-    Plot(&'static str, String, String),
+    Plot(String, String, String),
     /// Commands or settings.
     Code(String),
     /// What somebody or something said.
@@ -137,7 +137,7 @@ mod tests {
             blocks: vec![
                 Block::Heading("Scores".into()),
                 Block::Table(table),
-                Block::Plot("memory", "Memory".into(), svg),
+                Block::Plot("memory".into(), "Memory".into(), svg),
                 Block::Code("liger eval <x>".into()),
                 Block::Quote("a\nb".into()),
             ],

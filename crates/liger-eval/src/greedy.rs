@@ -1,9 +1,10 @@
 //! How long a model writes what its teacher writes, both greedily, after prompts of different lengths.
 
-use liger_model::{Generator, Result};
+use liger_model::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::Subject;
+use crate::writer::write_greedily;
 
 /// Agreement with the teacher's greedy text after prompts of one length.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,24 +60,10 @@ pub fn greedy_agreement(
 }
 
 fn write(subject: &Subject<'_>, prompts: &[&[u32]]) -> Result<Vec<Vec<u32>>> {
-    let decoder = subject.decoder;
-    let generator = Generator { decoder, adapter: subject.adapter };
-    let mut state = decoder.new_state(prompts.len().max(1))?;
     let mut written = vec![Vec::with_capacity(WRITTEN); prompts.len()];
-    let mut next = Vec::with_capacity(prompts.len());
-    for (slot, prompt) in prompts.iter().enumerate() {
-        let logits = generator.prefill(&mut state, slot, prompt)?;
-        let ops = decoder.ops();
-        let vocab = logits.len();
-        next.push((slot, ops.argmax(&ops.upload(logits, &[1, vocab], liger_tensor::DType::F32)?)?[0]));
-    }
-    for _ in 0..WRITTEN {
-        next.iter().for_each(|&(slot, id)| written[slot].push(id));
-        if next.is_empty() {
-            break;
-        }
-        let best = decoder.ops().argmax(generator.step(&mut state, &next)?)?;
-        next.iter_mut().zip(best).for_each(|(token, id)| token.1 = id);
-    }
+    write_greedily(subject, prompts, &mut |slot, id| {
+        written[slot].push(id);
+        Ok(written[slot].len() < WRITTEN)
+    })?;
     Ok(written)
 }

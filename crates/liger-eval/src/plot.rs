@@ -11,6 +11,18 @@ pub struct Axis {
     pub logarithmic: bool,
 }
 
+impl Axis {
+    /// Equal steps at equal distances.
+    pub fn linear(label: &str) -> Self {
+        Self { label: label.into(), logarithmic: false }
+    }
+
+    /// Equal factors at equal distances.
+    pub fn logarithmic(label: &str) -> Self {
+        Self { label: label.into(), logarithmic: true }
+    }
+}
+
 /// One line.
 #[derive(Debug, Clone)]
 pub struct Line {
@@ -156,12 +168,11 @@ mod tests {
 
     #[test]
     fn a_plot_is_an_svg_with_its_words() {
-        let axis = |label: &str, logarithmic| Axis { label: label.into(), logarithmic };
         let line = |name: &str, points: &[(f64, f64)]| Line { name: name.into(), points: points.to_vec() };
         let mut plot = Plot {
             title: "Memory".into(),
-            x: axis("tokens", true),
-            y: axis("MiB", true),
+            x: Axis::logarithmic("tokens"),
+            y: Axis::logarithmic("MiB"),
             lines: vec![
                 line("teacher", &[(512.0, 22.0), (16384.0, 720.0)]),
                 line("student", &[(512.0, 7.0), (f64::NAN, 7.0)]),

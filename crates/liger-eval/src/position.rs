@@ -70,8 +70,7 @@ pub fn scores_by_position(
 ) -> Result<Vec<PositionScores>> {
     let mut sums = vec![vec![Sums::default(); buckets.len()]; students.len() + 1];
     let ops = teacher.decoder.ops();
-    // The teacher's logits and one model's.
-    let chunk = rows_at_once(teacher.decoder) / 2;
+    let chunk = rows_at_once(teacher.decoder);
     for (done, text) in texts.iter().enumerate() {
         let sequences = Sequences::fresh([text.len()]);
         let hidden_of = |s: &Subject<'_>| s.decoder.forward(text, &sequences, None, s.adapter);

@@ -32,7 +32,7 @@ fn tokens_of_a_pass(ops: &dyn Ops) -> usize {
 
 /// Rows whose logits are in memory at once.
 pub(crate) fn rows_at_once(decoder: &Decoder) -> usize {
-    if decoder.ops().memory().is_some() { ((1 << 28) / decoder.config().vocab_size).max(256) } else { 256 }
+    if decoder.ops().memory().is_some() { ((1 << 27) / decoder.config().vocab_size).max(256) } else { 256 }
 }
 
 impl Request {

@@ -58,42 +58,58 @@ fn write_batch<'a>(
     prompts: impl ExactSizeIterator<Item = &'a str>,
     until: &Until<'_>,
 ) -> Result<Vec<String>> {
-    let decoder = subject.decoder;
-    let generator = Generator { decoder, adapter: subject.adapter };
-    let mut state = decoder.new_state(prompts.len())?;
-    let room = decoder.context_limit().map_or(usize::MAX, |limit| limit.saturating_sub(until.max_tokens).max(1));
-    let mut ids: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
-    let mut texts = vec![String::new(); prompts.len()];
-    let mut writing: Vec<(usize, u32)> = Vec::new();
-    for (slot, prompt) in prompts.enumerate() {
-        let tokens = tokenizer.encode(prompt, true)?;
-        let logits = generator.prefill(&mut state, slot, &tokens[tokens.len().saturating_sub(room)..])?;
-        writing.push((slot, largest(&logits)));
+    let room = subject.decoder.context_limit();
+    let room = room.map_or(usize::MAX, |limit| limit.saturating_sub(until.max_tokens).max(1));
+    let mut encoded = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        let ids = tokenizer.encode(prompt, true)?;
+        encoded.push(ids[ids.len().saturating_sub(room)..].to_vec());
     }
-    for step in 1.. {
-        let mut going_on = Vec::new();
-        for (slot, id) in writing {
-            if until.ids.contains(&id) {
-                continue;
-            }
-            ids[slot].push(id);
-            texts[slot] = tokenizer.decode(&ids[slot], true)?;
-            match until.strings.iter().filter_map(|s| texts[slot].find(s.as_str())).min() {
-                Some(end) => texts[slot].truncate(end),
-                None if step < until.max_tokens => going_on.push((slot, id)),
-                None => {}
-            }
+    let mut ids: Vec<Vec<u32>> = vec![Vec::new(); encoded.len()];
+    let mut texts = vec![String::new(); encoded.len()];
+    let encoded: Vec<&[u32]> = encoded.iter().map(Vec::as_slice).collect();
+    write_greedily(subject, &encoded, &mut |slot, id| {
+        if until.ids.contains(&id) {
+            return Ok(false);
         }
-        if going_on.is_empty() {
-            break;
+        ids[slot].push(id);
+        texts[slot] = tokenizer.decode(&ids[slot], true)?;
+        if let Some(end) = until.strings.iter().filter_map(|s| texts[slot].find(s.as_str())).min() {
+            texts[slot].truncate(end);
+            return Ok(false);
         }
-        let best = decoder.ops().argmax(generator.step(&mut state, &going_on)?)?;
-        writing = going_on.iter().zip(best).map(|(&(slot, _), id)| (slot, id)).collect();
-    }
+        Ok(ids[slot].len() < until.max_tokens)
+    })?;
     Ok(texts)
 }
 
-fn largest(logits: &[f32]) -> u32 {
-    let take = |best: (usize, f32), (i, &x): (usize, &f32)| if x > best.1 { (i, x) } else { best };
-    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), take).0 as u32
+/// Writes after all prompts side by side; `take(prompt's number, token)` says whether that text goes on.
+pub(crate) fn write_greedily(
+    subject: &Subject<'_>,
+    prompts: &[&[u32]],
+    take: &mut dyn FnMut(usize, u32) -> Result<bool>,
+) -> Result<()> {
+    let decoder = subject.decoder;
+    let generator = Generator { decoder, adapter: subject.adapter };
+    let mut state = decoder.new_state(prompts.len().max(1))?;
+    let mut written = Vec::with_capacity(prompts.len());
+    for (slot, prompt) in prompts.iter().enumerate() {
+        let logits = generator.prefill(&mut state, slot, prompt)?;
+        // The last of equals, as the device's argmax.
+        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+        written.push((slot, best.map_or(0, |(id, _)| id as u32)));
+    }
+    loop {
+        let mut going_on = Vec::with_capacity(written.len());
+        for &(slot, id) in &written {
+            if take(slot, id)? {
+                going_on.push((slot, id));
+            }
+        }
+        if going_on.is_empty() {
+            return Ok(());
+        }
+        let best = decoder.ops().argmax(generator.step(&mut state, &going_on)?)?;
+        written = going_on.iter().zip(best).map(|(&(slot, _), id)| (slot, id)).collect();
+    }
 }

@@ -87,7 +87,8 @@ fn prompts_are_those_of_the_harness() {
     let record = r#"{"question": "Which?", "choices": {"text": ["a b", "c"], "label": ["1", "2"]}, "answerKey": "2"}"#;
     let arc = &items("arc_easy", record)[0];
     assert_eq!(texts(arc), [("Question: Which?\nAnswer:", " a b"), ("Question: Which?\nAnswer:", " c")]);
-    assert_eq!(gold(arc), 1);
+    let Item::Choices { lengths, gold: right, .. } = arc else { panic!("{arc:?}") };
+    assert_eq!((*right, &lengths[..]), (1, &[3, 1][..]));
 
     let record = r#"{"sentence": "Ann beat Bo since _ was fit. ", "option1": "Ann", "option2": "Bo", "answer": "1"}"#;
     let winogrande = &items("winogrande", record)[0];

@@ -109,8 +109,8 @@ pub fn run(args: &Args) -> Result<()> {
             rows.iter().filter_map(|r| Some((r.get("tokens")?.as_f64()?, r.get("tokens_per_second")?.as_f64()?)));
         let plot = Plot {
             title: format!("{} {}, batch {}, {}", args.shape, args.structure, args.batch, ops.describe()),
-            x: Axis { label: "tokens".into(), logarithmic: true },
-            y: Axis { label: "tokens per second".into(), logarithmic: false },
+            x: Axis::logarithmic("tokens"),
+            y: Axis::linear("tokens per second"),
             lines: vec![Line { name: args.structure.clone(), points: points.collect() }],
         };
         let svg = plot.to_svg().unwrap_or_default();

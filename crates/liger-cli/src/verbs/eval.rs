@@ -161,7 +161,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let mut candidates = Vec::new();
     if let (Some(loaded), Some(path)) = (&teacher, &args.teacher) {
-        let (hash, decoder) = (hash_files(path)?, loaded.decoder.clone());
+        let (hash, decoder) = (hash_files(&loaded.checkpoint.path)?, loaded.decoder.clone());
         candidates.push(Candidate { name: "teacher".into(), path, hash, loaded, decoder });
     }
     let mut hash = hash_files(&loaded.checkpoint.path)?;
@@ -171,10 +171,7 @@ pub fn run(args: &Args) -> Result<()> {
     let stem = args.model.file_name().unwrap_or(args.model.as_os_str()).to_string_lossy();
     for (name, liger) in variants {
         let name = if name == "as-is" { stem.clone().into_owned() } else { name.to_owned() };
-        let decoder = match liger {
-            Some(liger) => loaded.decoder.with_attention(liger),
-            None => loaded.decoder.clone(),
-        };
+        let decoder = loaded.decoder.with_attention(liger);
         candidates.push(Candidate { name, path: &args.model, hash: hash.clone(), loaded: &loaded, decoder });
     }
     let run = score(args, &work, text.as_ref(), &candidates)?;
@@ -191,26 +188,25 @@ pub fn run(args: &Args) -> Result<()> {
     print(&tables(&run))
 }
 
-/// The attention that a variant's name stands for; `None` for the model's own.
-#[expect(clippy::option_option, reason = "the model's own attention, softmax, or a Liger form")]
-fn variant(name: &str, own: Option<&LigerConfig>) -> Result<Option<Option<LigerConfig>>> {
+/// The attention that a variant's name stands for; `None` is softmax.
+fn variant(name: &str, own: Option<&LigerConfig>) -> Result<Option<LigerConfig>> {
     let paper = LigerConfig::paper(Structure::Gla);
     let base = own.unwrap_or(&paper);
     let window = |sinks| Some(LigerConfig { sinks, alpha: 0.0, beta: 1.0, ..base.clone() });
     let of_liger = |change: &dyn Fn(LigerConfig) -> LigerConfig| match own {
-        Some(own) => Ok(Some(Some(change(own.clone())))),
+        Some(own) => Ok(Some(change(own.clone()))),
         None => bail!("--variants: `{name}` is for Liger models; this one has softmax attention"),
     };
     match name {
-        "as-is" => Ok(None),
-        "base" => Ok(Some(None)),
-        "window" => Ok(Some(window(0))),
-        "sinks" => Ok(Some(window(own.map_or(4, |own| own.sinks.max(4))))),
+        "as-is" => Ok(own.cloned()),
+        "base" => Ok(None),
+        "window" => Ok(window(0)),
+        "sinks" => Ok(window(own.map_or(4, |own| own.sinks.max(4)))),
         "no-recurrence" => of_liger(&|own| LigerConfig { alpha: 0.0, ..own }),
         "no-window" => of_liger(&|own| LigerConfig { beta: 0.0, ..own }),
         "no-sinks" => of_liger(&|own| LigerConfig { sinks: 0, ..own }),
         _ => match Structure::from_name(name) {
-            Some(structure) => Ok(Some(Some(LigerConfig::paper(structure)))),
+            Some(structure) => Ok(Some(LigerConfig::paper(structure))),
             None => bail!(
                 "--variants: found `{name}`, expected as-is, base, window, sinks, a structure, no-recurrence, no-window or \
                  no-sinks"
