@@ -1,6 +1,7 @@
 //! Scores of a task: accuracies, perplexities and their standard errors, by lm-evaluation-harness's definitions.
 
 use liger_model::{Error, Result, Tokenizer};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::tasks::{Item, Metric, Task};
@@ -76,23 +77,11 @@ pub fn evaluate(
         return written(subject, around, task, items, cache, tell);
     }
     let limit = subject.decoder.config().max_position_embeddings;
-    let mut requests = Vec::new();
-    let mut counts = Vec::with_capacity(items.len());
-    for item in items {
-        let before = requests.len();
-        match item {
-            Item::Choices { pairs, .. } => {
-                for (context, continuation) in pairs {
-                    requests.push(Request::new(around.tokenizer, context, continuation, around.first)?);
-                }
-            }
-            Item::Text { text, .. } => {
-                requests.extend(Request::rolling(&around.tokenizer.encode(text, true)?, around.first, limit));
-            }
-            Item::Answer { .. } => {}
-        }
-        counts.push(requests.len() - before);
-    }
+    // Tokenizing is most of the host's work.
+    let requests: Vec<Vec<Request>> =
+        items.par_iter().map(|item| requests_of(item, around, limit)).collect::<Result<_>>()?;
+    let counts: Vec<usize> = requests.iter().map(Vec::len).collect();
+    let requests = requests.concat();
     let scores = loglikelihood(subject, &requests, cache, tell)?;
     let cut = scores.iter().filter(|score| score.cut).count();
     let mut rest = scores.as_slice();
@@ -114,6 +103,17 @@ pub fn evaluate(
     let scores = task.metrics.iter().map(|&metric| score(metric, &pairs)).collect();
     let answers = answers.into_iter().map(Answer::Likelihoods).collect();
     Ok(TaskScores { task: task.name.clone(), items: items.len(), cut, scores, answers })
+}
+
+fn requests_of(item: &Item, around: &Surroundings<'_>, limit: usize) -> Result<Vec<Request>> {
+    match item {
+        Item::Choices { pairs, .. } => pairs
+            .iter()
+            .map(|(context, continuation)| Request::new(around.tokenizer, context, continuation, around.first))
+            .collect(),
+        Item::Text { text, .. } => Ok(Request::rolling(&around.tokenizer.encode(text, true)?, around.first, limit)),
+        Item::Answer { .. } => Ok(Vec::new()),
+    }
 }
 
 fn written(

@@ -4,6 +4,7 @@ use liger_model::{Result, Tokenizer};
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::{Cache, Request, Subject, loglikelihood};
@@ -150,16 +151,17 @@ pub fn recall(
     cache: Option<&mut Cache>,
     tell: &mut dyn FnMut(usize),
 ) -> Result<RecallScores> {
-    let mut requests = Vec::new();
-    let mut cells = Vec::new();
-    for &length in lengths {
-        for depth in DEPTHS {
-            for i in 0..per_cell {
-                requests.push(probe.question(tokenizer, length, depth, seed.wrapping_add(i as u64))?);
-            }
-            cells.push(RecallCell { length, depth, items: per_cell, right: 0 });
-        }
-    }
+    let cells = lengths.iter().flat_map(|&length| DEPTHS.map(|depth| (length, depth)));
+    let mut cells: Vec<RecallCell> =
+        cells.map(|(length, depth)| RecallCell { length, depth, items: per_cell, right: 0 }).collect();
+    let questions: Vec<(usize, f64, u64)> = cells
+        .iter()
+        .flat_map(|cell| (0..per_cell as u64).map(|i| (cell.length, cell.depth, seed.wrapping_add(i))))
+        .collect();
+    let requests: Vec<Request> = questions
+        .into_par_iter()
+        .map(|(length, depth, seed)| probe.question(tokenizer, length, depth, seed))
+        .collect::<Result<_>>()?;
     let answers = loglikelihood(subject, &requests, cache, tell)?;
     for (cell, own) in cells.iter_mut().zip(answers.chunks(per_cell)) {
         cell.right = own.iter().filter(|answer| answer.greedy).count();

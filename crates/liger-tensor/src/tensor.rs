@@ -174,26 +174,72 @@ impl std::fmt::Debug for Tensor {
     }
 }
 
-/// Host memory that tensors give back and take again, so that a step after the first allocates nothing.
+/// Host memory that tensors give back and take again, so that a step after the first allocates nothing. What waits there is
+/// at most twice the most that tensors held at once: texts of ever new lengths do not fill the memory.
 #[derive(Default)]
-pub struct Pool {
-    free: Mutex<HashMap<usize, Vec<Vec<f32>>>>,
+pub struct Pool(Mutex<Blocks>);
+
+/// Lengths are in elements.
+#[derive(Default)]
+struct Blocks {
+    /// By exact length: the sizes of a step are few and repeat.
+    free: HashMap<usize, Vec<Vec<f32>>>,
+    waiting: usize,
+    in_use: usize,
+    peak: usize,
 }
 
 impl Pool {
-    /// Memory is kept by its exact length: the sizes of a step are few and repeat.
     fn take(&self, count: usize) -> Vec<f32> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        free.get_mut(&count).and_then(Vec::pop).unwrap_or_else(|| vec![0.0; count])
+        let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.in_use += count;
+        blocks.peak = blocks.peak.max(blocks.in_use);
+        let found = blocks.free.get_mut(&count).and_then(Vec::pop);
+        if found.is_some() {
+            blocks.waiting -= count;
+        }
+        drop(blocks);
+        found.unwrap_or_else(|| vec![0.0; count])
     }
 
     fn give_back(&self, data: Vec<f32>) {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        free.entry(data.len()).or_default().push(data);
+        let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.in_use -= data.len();
+        if blocks.waiting + data.len() > 2 * blocks.peak {
+            blocks.free.clear();
+            blocks.waiting = 0;
+        }
+        blocks.waiting += data.len();
+        blocks.free.entry(data.len()).or_default().push(data);
     }
 
     /// Frees what no tensor holds now: between phases whose sizes differ.
     pub fn trim(&self) {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        blocks.free.clear();
+        blocks.waiting = 0;
+        blocks.peak = blocks.in_use;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_of_ever_new_lengths_do_not_fill_the_memory() {
+        let pool = Arc::new(Pool::default());
+        let waiting = || pool.0.lock().unwrap().waiting;
+        for length in 1..1000 {
+            let pair = [Tensor::pooled(&[length], &pool), Tensor::pooled(&[2 * length], &pool)];
+            drop(pair);
+            assert!(waiting() <= 6 * length, "{} elements wait after texts of {length}", waiting());
+        }
+        drop(Tensor::pooled(&[7], &pool));
+        let before = waiting();
+        drop(Tensor::pooled(&[7], &pool));
+        assert_eq!(waiting(), before, "a block of a size that waits is taken, not made");
+        pool.trim();
+        assert_eq!(waiting(), 0);
     }
 }
