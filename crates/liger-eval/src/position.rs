@@ -19,8 +19,10 @@ pub struct Bucket {
 impl Bucket {
     /// The buckets of texts of `length` tokens: inside a window of 64; just outside; a page; then doubling.
     pub fn up_to(length: usize) -> Vec<Self> {
-        let mut edges = vec![0, 64, 256];
-        edges.extend((0..).map(|i| 1024 << i).take_while(|&edge| edge < 2 * length));
+        let mut edges = vec![0, 64, 256, 1024];
+        while edges.last().is_some_and(|&edge| edge < length) {
+            edges.extend(edges.last().map(|edge| 2 * edge));
+        }
         edges.windows(2).filter(|w| w[0] < length).map(|w| Self { from: w[0], to: w[1] }).collect()
     }
 }
@@ -142,5 +144,21 @@ fn finish(name: String, sums: &[Sums]) -> PositionScores {
         kl: sums.iter().map(|s| mean(s.kl, s.count)).collect(),
         agreement: sums.iter().map(|s| mean(s.same as f64, s.count)).collect(),
         tokens: sums.iter().map(|s| s.count).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Bucket;
+
+    #[test]
+    fn buckets_hold_every_position() {
+        for length in [1, 64, 65, 256, 257, 512, 1024, 1025, 2048, 5000, 32_768] {
+            let buckets = Bucket::up_to(length);
+            assert_eq!(buckets[0].from, 0);
+            assert!(buckets.windows(2).all(|pair| pair[0].to == pair[1].from));
+            let last = buckets[buckets.len() - 1];
+            assert!((last.from..last.to).contains(&(length - 1)), "{length}: {last}");
+        }
     }
 }

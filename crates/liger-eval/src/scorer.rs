@@ -1,5 +1,7 @@
 //! Log-likelihoods of continuations, by lm-evaluation-harness's definitions.
 
+use std::collections::HashMap;
+
 use liger_model::{Decoder, Result, Tokenizer};
 use liger_tensor::{Ops, Sequences};
 
@@ -10,7 +12,7 @@ use crate::{Cache, Subject};
 pub struct Request {
     /// What is given; not empty.
     pub context: Vec<u32>,
-    /// What is scored; not empty.
+    /// What is scored.
     pub continuation: Vec<u32>,
 }
 
@@ -71,9 +73,16 @@ impl Request {
     pub fn tokens(&self) -> usize {
         self.context.len() + self.continuation.len()
     }
+
+    /// What the model reads: all but the last token, which is only predicted.
+    fn read(&self) -> Vec<u32> {
+        let mut ids = [&self.context[..], &self.continuation[..]].concat();
+        ids.pop();
+        ids
+    }
 }
 
-/// Scores requests, the longest ones first; answers that `cache` has are taken from it. `tell(requests done)` is called
+/// Scores requests, the longest ones first, and those that differ in the last token only together; answers that `cache` has are taken from it. `tell(requests done)` is called
 /// as it goes.
 ///
 /// # Errors
@@ -89,50 +98,82 @@ pub fn loglikelihood(
     for (i, request) in requests.iter().enumerate() {
         match cache.as_ref().and_then(|cache| cache.likelihood(request)) {
             Some(known) => scores[i] = known,
+            // Nothing is certain.
+            None if request.continuation.is_empty() => {}
             None => order.push(i),
         }
     }
-    order.sort_by_key(|&i| std::cmp::Reverse(requests[i].tokens()));
     let known = requests.len() - order.len();
     let room = tokens_of_a_pass(subject.decoder.ops());
-    let mut rest = order.as_slice();
+    let texts = texts(requests, &order);
+    let mut rest = texts.as_slice();
+    let mut done = known;
     while !rest.is_empty() {
         let mut tokens = 0;
-        let fits = rest.iter().take_while(|&&i| {
-            tokens += requests[i].tokens();
+        let fits = rest.iter().take_while(|text| {
+            tokens += text.ids.len();
             tokens <= room
         });
         let (batch, after) = rest.split_at(fits.count().max(1));
         rest = after;
-        let answers = score_batch(subject, batch.iter().map(|&i| &requests[i]))?;
-        for (&i, score) in batch.iter().zip(&answers) {
+        let owners = || batch.iter().flat_map(|text| text.owners.iter().copied());
+        let answers = score_batch(subject, batch, requests)?;
+        for (i, score) in owners().zip(&answers) {
             scores[i] = *score;
         }
+        done += answers.len();
         if let Some(cache) = cache.as_deref_mut() {
-            cache.keep(batch.iter().map(|&i| &requests[i]).zip(answers))?;
+            cache.keep(owners().map(|i| &requests[i]).zip(answers))?;
         }
-        tell(known + order.len() - rest.len());
+        tell(done);
     }
     Ok(scores)
 }
 
-/// The texts side by side, without padding; logits of the rows that predict a continuation.
-fn score_batch<'a>(subject: &Subject<'_>, requests: impl Iterator<Item = &'a Request>) -> Result<Vec<Likelihood>> {
+/// What the model reads at once for all requests that differ in the last token only, as MMLU's four letters do.
+struct Text {
+    ids: Vec<u32>,
+    /// Numbers of the requests.
+    owners: Vec<usize>,
+}
+
+/// The texts of the requests `order`, the longest first.
+fn texts(requests: &[Request], order: &[usize]) -> Vec<Text> {
+    let mut texts: Vec<Text> = Vec::with_capacity(order.len());
+    let mut places: HashMap<Vec<u32>, usize> = HashMap::with_capacity(order.len());
+    for &i in order {
+        let ids = requests[i].read();
+        match places.get(&ids) {
+            Some(&place) => texts[place].owners.push(i),
+            None => {
+                places.insert(ids.clone(), texts.len());
+                texts.push(Text { ids, owners: vec![i] });
+            }
+        }
+    }
+    texts.sort_by_key(|text| std::cmp::Reverse(text.ids.len()));
+    texts
+}
+
+/// The texts side by side, without padding; logits of the rows that predict a continuation. Answers are in the order of the
+/// texts and their owners.
+fn score_batch(subject: &Subject<'_>, texts: &[Text], requests: &[Request]) -> Result<Vec<Likelihood>> {
     let (decoder, ops) = (subject.decoder, subject.decoder.ops());
     let limit = decoder.context_limit().unwrap_or(usize::MAX);
     let (mut ids, mut lengths, mut spans, mut labels) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut scores = Vec::new();
-    for request in requests {
-        let whole: Vec<u32> = request.context.iter().chain(&request.continuation).copied().collect();
-        // The last token is only predicted.
-        let rows = (whole.len() - 1).min(limit);
-        let scored = request.continuation.len().min(rows);
-        let from = whole.len() - 1 - rows;
-        spans.push((ids.len() + rows - scored, scored));
-        labels.extend(whole[whole.len() - scored..].iter().map(|&id| i64::from(id)));
-        ids.extend_from_slice(&whole[from..whole.len() - 1]);
+    for text in texts {
+        let rows = text.ids.len().min(limit);
+        let cut = text.ids.len() - rows;
+        ids.extend_from_slice(&text.ids[cut..]);
         lengths.push(rows);
-        scores.push(Likelihood { log: 0.0, greedy: true, cut: from > 0 });
+        for &owner in &text.owners {
+            let continuation = &requests[owner].continuation;
+            let scored = continuation.len().min(rows);
+            spans.push((ids.len() - scored, scored));
+            labels.extend(continuation[continuation.len() - scored..].iter().map(|&id| i64::from(id)));
+            scores.push(Likelihood { log: 0.0, greedy: true, cut: cut > 0 });
+        }
     }
     let hidden = decoder.forward(&ids, &Sequences::fresh(lengths), None, subject.adapter)?;
     let mut rows = ops.empty(&[labels.len(), hidden.dim(1)])?;
