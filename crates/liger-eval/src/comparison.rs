@@ -45,19 +45,19 @@ pub fn recovery_table(models: &[&ModelScores], has_teacher: bool) -> Table {
         .into_iter()
         .filter(|(_, tasks)| models.iter().any(|m| average(m, tasks).is_some()))
         .collect();
+    // What it comes down to before what it is made of: a wide table is cut at its right.
     let mut head = vec!["model".to_owned(), "tokens tuned".to_owned()];
-    head.extend(tasks.iter().map(|task| format!("{task} {}", metric(task))));
     for (name, _) in &averages {
         head.push((*name).to_owned());
         if has_teacher {
             head.push("% of teacher".into());
         }
     }
+    head.extend(tasks.iter().map(|task| format!("{task} {}", metric(task))));
     let mut table = Table::new(head);
     for model in models {
         let tuned = model.tokens_tuned.map_or("0".into(), |n| format!("{:.2} M", n as f64 / 1e6));
         let mut row = vec![model.name.clone(), tuned];
-        row.extend(tasks.iter().map(|task| headline(model, task).map_or("-".into(), shown)));
         for (_, tasks) in &averages {
             let own = average(model, tasks);
             row.push(own.as_ref().map_or("-".into(), shown));
@@ -67,6 +67,7 @@ pub fn recovery_table(models: &[&ModelScores], has_teacher: bool) -> Table {
                 row.push(percent.unwrap_or_else(|| "-".into()));
             }
         }
+        row.extend(tasks.iter().map(|task| headline(model, task).map_or("-".into(), shown)));
         table.row(row);
     }
     table

@@ -30,7 +30,8 @@ pub struct Document {
     pub blocks: Vec<Block>,
 }
 
-/// Follows the reader's light or dark setting; wide tables scroll by themselves, so that a phone shows the rest at its width.
+/// Follows the reader's light or dark setting; wide tables and plots scroll by themselves, so that a phone shows the rest at
+/// its width and their words at a size to read.
 const STYLE: &str = "
 :root { color-scheme: light dark; --line: #d0d4da; --soft: #f3f5f8; --ink: #16202c; --paper: #fff; }
 @media (prefers-color-scheme: dark) { :root { --line: #3b4552; --soft: #1d2530; --ink: #e6eaf0; --paper: #12181f; } }
@@ -40,10 +41,12 @@ body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); backg
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2rem 0 0.5rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { background: var(--soft); }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+th, th:first-child { background: var(--soft); white-space: normal; vertical-align: bottom; }
 pre, blockquote { margin: 0.5rem 0; padding: 0.7rem; background: var(--soft); border-radius: 6px; }
 pre { overflow-x: auto; } blockquote { white-space: pre-wrap; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: 760px; border-radius: 6px; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure svg { width: 100%; height: auto; min-width: 34rem; max-width: 760px; border-radius: 6px; }
 ";
 
 impl Document {

@@ -45,8 +45,8 @@ pub struct Plot {
     pub lines: Vec<Line>,
 }
 
-/// Okabe and Ito's colours, told apart by everybody.
-const COLOURS: [RGBColor; 7] = [
+/// Okabe and Ito's colours, told apart by everybody, and three more for nine structures side by side.
+const COLOURS: [RGBColor; 10] = [
     RGBColor(0, 0, 0),
     RGBColor(230, 159, 0),
     RGBColor(86, 180, 233),
@@ -54,6 +54,9 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 114, 178),
     RGBColor(204, 121, 167),
+    RGBColor(130, 130, 130),
+    RGBColor(120, 70, 20),
+    RGBColor(110, 60, 190),
 ];
 
 impl Plot {
@@ -91,6 +94,12 @@ impl Plot {
     ) -> std::result::Result<(), Box<dyn std::error::Error>> {
         let area = SVGBackend::with_string(svg, (760, 440)).into_drawing_area();
         area.fill(&WHITE)?;
+        // Powers of ten only, where there are enough of them.
+        let labels = |axis: &Axis, range: &std::ops::Range<f64>| {
+            let decades = range.end - range.start;
+            if axis.logarithmic && decades > 1.6 { decades.ceil() as usize } else { 8 }
+        };
+        let (x_labels, y_labels) = (labels(&self.x, &xs), labels(&self.y, &ys));
         let mut chart = ChartBuilder::on(&area)
             .caption(&self.title, ("sans-serif", 20))
             .margin(14)
@@ -105,6 +114,8 @@ impl Plot {
         chart
             .configure_mesh()
             .light_line_style(RGBColor(240, 240, 240))
+            .x_labels(x_labels)
+            .y_labels(y_labels)
             .x_desc(&self.x.label)
             .y_desc(&self.y.label)
             .x_label_formatter(&x_label)

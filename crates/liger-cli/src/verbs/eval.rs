@@ -34,7 +34,7 @@ pub struct Args {
     #[arg(long)]
     text: Option<PathBuf>,
     /// Tokens of a piece of that text
-    #[arg(long, default_value = "2K", value_parser = parse_count)]
+    #[arg(long, default_value = "2048", value_parser = parse_count)]
     piece: u64,
     /// Pieces of that text
     #[arg(long, default_value_t = 4)]
