@@ -290,7 +290,7 @@ fn branches(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
     };
     plot(blocks, "branches", ratio);
     // Powers of the square root of two.
-    let bin = |life: f64| (2.0 * life.max(0.5).log2()).round() as i32;
+    let bin = |life: f64| (2.0 * life.clamp(0.5, 1e9).log2()).round() as i32;
     let lives = models.iter().map(|m| {
         let all: Vec<f64> = m.branches.iter().flat_map(|b| &b.half_lives).copied().collect();
         let bins = |at: i32| all.iter().filter(|&&life| bin(life) == at).count() as f64 / all.len().max(1) as f64;

@@ -73,15 +73,25 @@ impl EvaluationRun {
             doing: "read",
             source,
         })?;
-        let run: Self = serde_json::from_str(&text).map_err(|e| Error::Corrupt {
-            path: path.to_owned(),
-            problem: format!("not a file of `liger eval --out`: {e}"),
-        })?;
+        Self::parse(&text, path)
+    }
+
+    /// The run of a file's text; `path` is for messages.
+    ///
+    /// # Errors
+    /// If it is not such a file.
+    pub fn parse(text: &str, path: &Path) -> Result<Self> {
+        let corrupt = |problem| Error::Corrupt { path: path.to_owned(), problem };
+        let run: Self =
+            serde_json::from_str(text).map_err(|e| corrupt(format!("not a file of `liger eval --out`: {e}")))?;
         if run.liger_eval != 1 {
-            return Err(Error::Corrupt {
-                path: path.to_owned(),
-                problem: format!("field `liger_eval`: found {}, expected 1", run.liger_eval),
-            });
+            return Err(corrupt(format!("field `liger_eval`: found {}, expected 1", run.liger_eval)));
+        }
+        if run.models.is_empty() {
+            return Err(corrupt("field `models`: found an empty list, expected at least one".into()));
+        }
+        if run.long_text.as_ref().is_some_and(|long| long.scores.is_empty()) {
+            return Err(corrupt("field `long_text.scores`: found an empty list, expected at least one".into()));
         }
         Ok(run)
     }
