@@ -231,4 +231,19 @@ fn tasks_that_cannot_be_scored() {
     eval("mine.toml", "mine.toml: line 2: unknown field `prompt`");
     std::fs::write(dir.join("piqa.jsonl"), "{\"goal\": \"g\"}\n").unwrap();
     eval("piqa", "piqa.jsonl: line 1: ");
+    check(dir, &["eval", "m", "--tasks", "passkey", "--out", "none/run.json"], "--out: no folder none; make it first");
+    check(dir, &["eval", "m"], "nothing to score: give --tasks, --text or both");
+    check(
+        dir,
+        &["eval", "m", "--tasks", "passkey", "--variants", "no-recurrence"],
+        "--variants: `no-recurrence` is for Liger models",
+    );
+    // The system's reason is said once.
+    check(
+        dir,
+        &["eval", "m", "--text", "none.txt"],
+        "error: none.txt: cannot read: No such file or directory (os error 2)\n",
+    );
+    std::fs::write(dir.join("run.json"), "{\"liger_eval\": 1}").unwrap();
+    check(dir, &["report", "run.json", "--out", "page"], "run.json: not a file of `liger eval --out`: missing field");
 }

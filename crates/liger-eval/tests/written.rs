@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use liger_cpu::Cpu;
 use liger_eval::{
-    Answer, Cache, DEPTHS, Item, Probe, Request, Subject, Surroundings, Task, evaluate, greedy_agreement, loglikelihood,
-    recall,
+    Answer, Cache, DEPTHS, Item, Probe, Request, Subject, Surroundings, Task, evaluate, greedy_agreement,
+    loglikelihood, recall,
 };
 use liger_model::{Decoder, LigerConfig, ModelConfig, RandomWeights, Structure, Tokenizer, Weights};
 use liger_tensor::{DType, Ops, Sequences};

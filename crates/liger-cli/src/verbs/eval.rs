@@ -139,6 +139,13 @@ pub fn run(args: &Args) -> Result<()> {
         bail!("nothing to score: give --tasks, --text or both");
     }
     // All mistakes come up before the models are loaded.
+    for (option, path) in [("--out", &args.out), ("--log-samples", &args.log_samples)] {
+        let folder =
+            path.as_deref().map(|path| path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
+        if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+            bail!("{option}: no folder {}; make it first", folder.display());
+        }
+    }
     let work = Work::read(args)?;
     let checkpoint = crate::hub::open(&args.model)?;
     let variants = args
