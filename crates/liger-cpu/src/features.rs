@@ -4,7 +4,7 @@ use liger_tensor::checks::{self, same_length};
 use liger_tensor::{FeatureMap, FeatureSpec, Gate, Result, Tensor};
 
 use crate::elementwise::softmax_backward_row;
-use crate::math::{exp, sigmoid, softmax, softplus};
+use crate::math::{dot, exp, sigmoid, softmax, softplus};
 use crate::parallel::{for_rows, vectorized};
 
 fn map_forward(out: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
@@ -13,7 +13,8 @@ fn map_forward(out: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
     for_rows(out.as_f32_mut()?, d, |first, out| {
         let x = &x[first * d..first * d + out.len()];
         vectorized!(|| match map {
-            FeatureMap::Softmax => {
+            // A share is scaled when its gate is there.
+            FeatureMap::Softmax | FeatureMap::Share => {
                 out.copy_from_slice(x);
                 out.chunks_exact_mut(d).for_each(softmax);
             }
@@ -31,7 +32,7 @@ fn map_backward(dy: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
     for_rows(dy.as_f32_mut()?, d, |first, dy| {
         let x = &x[first * d..first * d + dy.len()];
         vectorized!(|| match map {
-            FeatureMap::Softmax => {
+            FeatureMap::Softmax | FeatureMap::Share => {
                 let mut y = vec![0.0f32; d];
                 for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                     y.copy_from_slice(x);
@@ -50,6 +51,17 @@ fn map_backward(dy: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
     Ok(())
 }
 
+/// The log gate of a head whose gate is one of the mean of its key.
+fn mean_gate(gate: Gate, k: &[f32], divisor: f32) -> f32 {
+    let sign = if gate == Gate::MeanNegativeSoftplus { 1.0 } else { -1.0 };
+    -softplus(sign * mean(k)) / divisor
+}
+
+/// The factor `D (1 - a)` of a [`FeatureMap::Share`].
+fn share(log_gate: f32, d: usize) -> f32 {
+    -log_gate.exp_m1() * d as f32
+}
+
 fn mean(row: &[f32]) -> f32 {
     row.iter().sum::<f32>() / row.len() as f32
 }
@@ -65,7 +77,7 @@ pub(crate) fn forward(
     map_forward(query, q, spec.query)?;
     map_forward(key, k, spec.key)?;
     same_length("features_forward", log_gate, k)?;
-    let (d, k) = (k.dim(2), k.as_f32()?);
+    let (heads, d, k) = (k.dim(1), k.dim(2), k.as_f32()?);
     for_rows(log_gate.as_f32_mut()?, d, |first, out| {
         let k = &k[first * d..first * d + out.len()];
         match spec.gate {
@@ -73,14 +85,22 @@ pub(crate) fn forward(
                 out.iter_mut().zip(k).for_each(|(g, k)| *g = -softplus(-k) / divisor);
             }
             Gate::NegativeExp => vectorized!(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -exp(*k)),),
-            Gate::MeanLogSigmoid | Gate::MeanNegativeSoftplus => {
-                let sign = if spec.gate == Gate::MeanLogSigmoid { -1.0 } else { 1.0 };
-                for (out, k) in out.chunks_exact_mut(d).zip(k.chunks_exact(d)) {
-                    out.fill(-softplus(sign * mean(k)));
+            Gate::MeanLogSigmoid | Gate::MeanLogSigmoidOver { .. } | Gate::MeanNegativeSoftplus => {
+                for (row, (out, k)) in out.chunks_exact_mut(d).zip(k.chunks_exact(d)).enumerate() {
+                    out.fill(mean_gate(spec.gate, k, spec.gate.head_divisor((first + row) % heads, heads)));
                 }
             }
         }
     });
+    if spec.key == FeatureMap::Share {
+        let log_gate = log_gate.as_f32()?;
+        for_rows(key.as_f32_mut()?, d, |first, key| {
+            for (row, key) in key.chunks_exact_mut(d).enumerate() {
+                let factor = share(log_gate[(first + row) * d], d);
+                key.iter_mut().for_each(|key| *key *= factor);
+            }
+        });
+    }
     Ok(())
 }
 
@@ -93,9 +113,10 @@ pub(crate) fn backward(
     spec: FeatureSpec,
 ) -> Result<()> {
     map_backward(dquery, q, spec.query)?;
+    let through_share = share_backward(dkey, k, spec)?;
     map_backward(dkey, k, spec.key)?;
     same_length("features_backward", dlog_gate, k)?;
-    let (d, k, dlog_gate) = (k.dim(2), k.as_f32()?, dlog_gate.as_f32()?);
+    let (heads, d, k, dlog_gate) = (k.dim(1), k.dim(2), k.as_f32()?, dlog_gate.as_f32()?);
     for_rows(dkey.as_f32_mut()?, d, |first, dk| {
         let range = first * d..first * d + dk.len();
         let (k, dg) = (&k[range.clone()], &dlog_gate[range]);
@@ -111,18 +132,50 @@ pub(crate) fn backward(
                     *dk -= if *dg == 0.0 { 0.0 } else { dg * exp(*k) };
                 }
             }
-            Gate::MeanLogSigmoid | Gate::MeanNegativeSoftplus => {
-                for ((dk, k), dg) in dk.chunks_exact_mut(d).zip(k.chunks_exact(d)).zip(dg.chunks_exact(d)) {
+            Gate::MeanLogSigmoid | Gate::MeanLogSigmoidOver { .. } | Gate::MeanNegativeSoftplus => {
+                let rows = dk.chunks_exact_mut(d).zip(k.chunks_exact(d)).zip(dg.chunks_exact(d));
+                for (row, ((dk, k), dg)) in rows.enumerate() {
                     // d logsigmoid(m) = sigmoid(-m); d -softplus(m) = -sigmoid(m); the mean spreads it over the head.
                     let m = mean(k);
-                    let slope = if spec.gate == Gate::MeanLogSigmoid { sigmoid(-m) } else { -sigmoid(m) };
-                    let share = slope * dg.iter().sum::<f32>() / d as f32;
-                    dk.iter_mut().for_each(|dk| *dk += share);
+                    let slope = if spec.gate == Gate::MeanNegativeSoftplus { -sigmoid(m) } else { sigmoid(-m) };
+                    let slope = slope / spec.gate.head_divisor((first + row) % heads, heads);
+                    let through_share = through_share.get(first + row).copied().unwrap_or(0.0);
+                    let each = slope * (dg.iter().sum::<f32>() + through_share) / d as f32;
+                    dk.iter_mut().for_each(|dk| *dk += each);
                 }
             }
         },);
     });
     Ok(())
+}
+
+/// Of a [`FeatureMap::Share`]: makes the gradient of the write key that of the softmax, and returns that of each head's log
+/// gate; empty for other maps.
+fn share_backward(dkey: &mut Tensor, k: &Tensor, spec: FeatureSpec) -> Result<Vec<f32>> {
+    if spec.key != FeatureMap::Share {
+        return Ok(Vec::new());
+    }
+    same_length("features_backward", dkey, k)?;
+    let (heads, d, k) = (k.dim(1), k.dim(2), k.as_f32()?);
+    let dkey = dkey.as_f32_mut()?;
+    let mut through_share = vec![0.0f32; k.len() / d];
+    let gates = crate::parallel::Disjoint::new(&mut through_share);
+    for_rows(dkey, d, |first, dkey| {
+        // SAFETY: one element a row, cut where `dkey` is.
+        let gates = unsafe { gates.slice(first, dkey.len() / d) };
+        let mut softmaxed = vec![0.0f32; d];
+        for (row, (dkey, gate)) in dkey.chunks_exact_mut(d).zip(gates).enumerate() {
+            let k = &k[(first + row) * d..(first + row + 1) * d];
+            softmaxed.copy_from_slice(k);
+            softmax(&mut softmaxed);
+            let log_gate = mean_gate(spec.gate, k, spec.gate.head_divisor((first + row) % heads, heads));
+            // d (1 - exp(g)) = -exp(g).
+            *gate = -log_gate.exp() * d as f32 * dot(dkey, &softmaxed);
+            let factor = share(log_gate, d);
+            dkey.iter_mut().for_each(|dkey| *dkey *= factor);
+        }
+    });
+    Ok(through_share)
 }
 
 /// Stretch of the head that slot `m` of `slots` is the mean of: PyTorch's adaptive average pooling.

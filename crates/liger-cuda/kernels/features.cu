@@ -17,53 +17,59 @@ __device__ __forceinline__ void row_softmax_statistics(const act* x, int dim, fl
 
 // y = map(x); with `gates`, the log gates of x too.
 extern "C" __global__ void features_forward(act* y, float* gates, const act* x, int map, int gate, float divisor,
-                                            int dim, int rows) {
+                                            float longest, int heads, int dim, int rows) {
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
     long long at = static_cast<long long>(row) * dim;
     x += at, y += at;
     float best = 0.0f, scale = 0.0f;
-    if (map == MAP_SOFTMAX) row_softmax_statistics(x, dim, best, scale);
-    float mean = 0.0f;
-    if (gates != nullptr && (gate == GATE_MEAN_LOG_SIGMOID || gate == GATE_MEAN_NEGATIVE_SOFTPLUS)) {
-        mean = row_mean(x, dim);
+    if (map != MAP_ONE_MINUS_SIGMOID) row_softmax_statistics(x, dim, best, scale);
+    float of_mean = 0.0f;
+    if (gates != nullptr && is_gate_of_mean(gate)) {
+        of_mean = gate_of_mean(row_mean(x, dim), gate, head_divisor(divisor, longest, row % heads, heads));
     }
+    if (map == MAP_SHARE) scale *= -expm1f(of_mean) * dim;
     for (int i = threadIdx.x; i < dim; i += 32) {
         float v = to_float(x[i]);
-        y[i] = from_float<act>(map == MAP_SOFTMAX ? expf(v - best) * scale : sigmoid(-v));
+        y[i] = from_float<act>(map == MAP_ONE_MINUS_SIGMOID ? sigmoid(-v) : expf(v - best) * scale);
         if (gates == nullptr) continue;
-        float g;
+        float g = of_mean;
         if (gate == GATE_LOG_SIGMOID) g = -softplus(-v) / divisor;
         else if (gate == GATE_NEGATIVE_EXP) g = -expf(v);
-        else g = -softplus(gate == GATE_MEAN_LOG_SIGMOID ? -mean : mean);
         gates[at + i] = g;
     }
 }
 
 // Overwrites dy, the gradient of map(x), by that of x; with `dgates` the gates' part is added.
 extern "C" __global__ void features_backward(act* dy, const float* dgates, const act* x, int map, int gate,
-                                             float divisor, int dim, int rows) {
+                                             float divisor, float longest, int heads, int dim, int rows) {
     int row = blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows) return;
     long long at = static_cast<long long>(row) * dim;
     x += at, dy += at;
     float best = 0.0f, scale = 0.0f, inner = 0.0f;
-    if (map == MAP_SOFTMAX) {
+    if (map != MAP_ONE_MINUS_SIGMOID) {
         row_softmax_statistics(x, dim, best, scale);
         for (int i = threadIdx.x; i < dim; i += 32) inner += to_float(dy[i]) * expf(to_float(x[i]) - best) * scale;
         inner = warp_sum(inner);
     }
-    float share = 0.0f;
-    if (dgates != nullptr && (gate == GATE_MEAN_LOG_SIGMOID || gate == GATE_MEAN_NEGATIVE_SOFTPLUS)) {
-        // d logsigmoid(m) = sigmoid(-m); d -softplus(m) = -sigmoid(m); the mean spreads it over the head.
-        float mean = row_mean(x, dim), sum = 0.0f;
+    float each = 0.0f, share = 1.0f;
+    if (dgates != nullptr && is_gate_of_mean(gate)) {
+        float mean = row_mean(x, dim), own = head_divisor(divisor, longest, row % heads, heads), sum = 0.0f;
         for (int i = threadIdx.x; i < dim; i += 32) sum += dgates[at + i];
-        share = (gate == GATE_MEAN_LOG_SIGMOID ? sigmoid(-mean) : -sigmoid(mean)) * warp_sum(sum) / dim;
+        sum = warp_sum(sum);
+        if (map == MAP_SHARE) {
+            // d (1 - exp(g)) = -exp(g).
+            float g = gate_of_mean(mean, gate, own);
+            share = -expm1f(g) * dim, sum -= expf(g) * dim * inner;
+        }
+        // The mean spreads it over the head.
+        each = gate_of_mean_slope(mean, gate, own) * sum / dim;
     }
     for (int i = threadIdx.x; i < dim; i += 32) {
         float v = to_float(x[i]), d = to_float(dy[i]);
-        if (map == MAP_SOFTMAX) {
-            d = expf(v - best) * scale * (d - inner);
+        if (map != MAP_ONE_MINUS_SIGMOID) {
+            d = expf(v - best) * scale * (d - inner) * share;
         } else {
             float s = sigmoid(-v);
             d *= -s * (1.0f - s);
@@ -73,7 +79,7 @@ extern "C" __global__ void features_backward(act* dy, const float* dgates, const
             if (gate == GATE_LOG_SIGMOID) d += dg * sigmoid(-v) / divisor;
             // Below the clamp the gate's gradient is exactly 0, and exp(v) may be infinite.
             else if (gate == GATE_NEGATIVE_EXP) d -= dg == 0.0f ? 0.0f : dg * expf(v);
-            else d += share;
+            else d += each;
         }
         dy[i] = from_float<act>(d);
     }
@@ -109,22 +115,27 @@ __device__ __forceinline__ float one_gate_gradient(float v, float dg, int gate, 
 }
 
 extern "C" __global__ void features_forward_fours(act* y, float* gates, const act* x, int map, int gate, float divisor,
-                                                  int dim, int rows) {
+                                                  float longest, int heads, int dim, int rows) {
     int lanes = dim / 4;
     long long element = (static_cast<long long>(blockIdx.x) * blockDim.x * blockDim.y + threadIdx.y * 32 + threadIdx.x) * 4;
     // Every lane takes part in the sums.
     bool inside = element < static_cast<long long>(rows) * dim;
     float4 v = inside ? load4(x + element) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float4 f = map == MAP_SOFTMAX ? softmax4(v, lanes)
-                                  : make_float4(sigmoid(-v.x), sigmoid(-v.y), sigmoid(-v.z), sigmoid(-v.w));
+    float4 f = map == MAP_ONE_MINUS_SIGMOID ? make_float4(sigmoid(-v.x), sigmoid(-v.y), sigmoid(-v.z), sigmoid(-v.w))
+                                            : softmax4(v, lanes);
+    float4 g = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (gates != nullptr && is_gate_of_mean(gate)) {
+        int head = static_cast<int>(element / dim) % heads;
+        float one = gate_of_mean(lanes_sum(sum4(v), lanes) / dim, gate, head_divisor(divisor, longest, head, heads));
+        g = make_float4(one, one, one, one);
+        if (map == MAP_SHARE) {
+            float share = -expm1f(one) * dim;
+            f = make_float4(f.x * share, f.y * share, f.z * share, f.w * share);
+        }
+    }
     if (inside) store4(y + element, f);
     if (gates == nullptr) return;
-    float4 g;
-    if (gate == GATE_MEAN_LOG_SIGMOID || gate == GATE_MEAN_NEGATIVE_SOFTPLUS) {
-        float mean = lanes_sum(sum4(v), lanes) / dim;
-        float one = -softplus(gate == GATE_MEAN_LOG_SIGMOID ? -mean : mean);
-        g = make_float4(one, one, one, one);
-    } else {
+    if (!is_gate_of_mean(gate)) {
         g = make_float4(one_gate(v.x, gate, divisor), one_gate(v.y, gate, divisor), one_gate(v.z, gate, divisor),
                         one_gate(v.w, gate, divisor));
     }
@@ -132,15 +143,16 @@ extern "C" __global__ void features_forward_fours(act* y, float* gates, const ac
 }
 
 extern "C" __global__ void features_backward_fours(act* dy, const float* dgates, const act* x, int map, int gate,
-                                                   float divisor, int dim, int rows) {
+                                                   float divisor, float longest, int heads, int dim, int rows) {
     int lanes = dim / 4;
     long long element = (static_cast<long long>(blockIdx.x) * blockDim.x * blockDim.y + threadIdx.y * 32 + threadIdx.x) * 4;
     bool inside = element < static_cast<long long>(rows) * dim;
     float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     float4 v = inside ? load4(x + element) : zero, d = inside ? load4(dy + element) : zero;
-    if (map == MAP_SOFTMAX) {
+    float inner = 0.0f;
+    if (map != MAP_ONE_MINUS_SIGMOID) {
         float4 f = softmax4(v, lanes);
-        float inner = lanes_sum(d.x * f.x + d.y * f.y + d.z * f.z + d.w * f.w, lanes);
+        inner = lanes_sum(d.x * f.x + d.y * f.y + d.z * f.z + d.w * f.w, lanes);
         d = make_float4(f.x * (d.x - inner), f.y * (d.y - inner), f.z * (d.z - inner), f.w * (d.w - inner));
     } else {
         float4 f = make_float4(sigmoid(-v.x), sigmoid(-v.y), sigmoid(-v.z), sigmoid(-v.w));
@@ -149,10 +161,17 @@ extern "C" __global__ void features_backward_fours(act* dy, const float* dgates,
     }
     if (dgates != nullptr) {
         float4 dg = inside ? load4(dgates + element) : zero;
-        if (gate == GATE_MEAN_LOG_SIGMOID || gate == GATE_MEAN_NEGATIVE_SOFTPLUS) {
+        if (is_gate_of_mean(gate)) {
             float mean = lanes_sum(sum4(v), lanes) / dim, sum = lanes_sum(sum4(dg), lanes);
-            float share = (gate == GATE_MEAN_LOG_SIGMOID ? sigmoid(-mean) : -sigmoid(mean)) * sum / dim;
-            d.x += share, d.y += share, d.z += share, d.w += share;
+            float own = head_divisor(divisor, longest, static_cast<int>(element / dim) % heads, heads);
+            if (map == MAP_SHARE) {
+                // d (1 - exp(g)) = -exp(g).
+                float g = gate_of_mean(mean, gate, own), share = -expm1f(g) * dim;
+                sum -= expf(g) * dim * inner;
+                d.x *= share, d.y *= share, d.z *= share, d.w *= share;
+            }
+            float each = gate_of_mean_slope(mean, gate, own) * sum / dim;
+            d.x += each, d.y += each, d.z += each, d.w += each;
         } else {
             d.x += one_gate_gradient(v.x, dg.x, gate, divisor), d.y += one_gate_gradient(v.y, dg.y, gate, divisor);
             d.z += one_gate_gradient(v.z, dg.z, gate, divisor), d.w += one_gate_gradient(v.w, dg.w, gate, divisor);

@@ -15,7 +15,7 @@ struct StepSizes {
     int heads, kv, texts;
     int window, sinks, cache_rows;
     int query_map, key_map, gate;
-    float divisor, alpha, beta, scale, rope_factor, epsilon;
+    float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
 
 struct __align__(16) StepShared {
@@ -28,10 +28,10 @@ struct __align__(16) StepShared {
     float total[GROUP];
 };
 
-// Softmax or 1 - sigmoid of a row by one warp.
-template <int WIDTH> __device__ __forceinline__ void map_row(float* to, const float* from, int map) {
+// Softmax, times a factor, or 1 - sigmoid of a row by one warp.
+template <int WIDTH> __device__ __forceinline__ void map_row(float* to, const float* from, int map, float factor = 1.0f) {
     int lane = threadIdx.x & 31;
-    if (map != MAP_SOFTMAX) {
+    if (map == MAP_ONE_MINUS_SIGMOID) {
         for (int d = lane; d < WIDTH; d += 32) to[d] = sigmoid(-from[d]);
         return;
     }
@@ -40,23 +40,25 @@ template <int WIDTH> __device__ __forceinline__ void map_row(float* to, const fl
     best = warp_max(best);
     for (int d = lane; d < WIDTH; d += 32) sum += expf(from[d] - best);
     sum = warp_sum(sum);
-    for (int d = lane; d < WIDTH; d += 32) to[d] = expf(from[d] - best) / sum;
+    for (int d = lane; d < WIDTH; d += 32) to[d] = expf(from[d] - best) / sum * factor;
 }
 
 __device__ __forceinline__ float decay_of(float log_gate) { return expf(fmaxf(log_gate, LOWEST_GATE)); }
 
-// Decays of the head by one warp, from the key before RoPE.
-__device__ __forceinline__ void gate_row(float* decay, const float* k, const StepSizes& s) {
-    int lane = threadIdx.x & 31;
+// The log gate of a head that has one for all of it, by one warp, from the key before RoPE.
+__device__ __forceinline__ float head_gate(const float* k, int head, const StepSizes& s) {
     float mean = 0.0f;
-    for (int d = lane; d < DIM; d += 32) mean += k[d];
-    mean = warp_sum(mean) / DIM;
-    for (int d = lane; d < DIM; d += 32) {
-        float g;
+    for (int d = threadIdx.x & 31; d < DIM; d += 32) mean += k[d];
+    return gate_of_mean(warp_sum(mean) / DIM, s.gate, head_divisor(s.divisor, s.longest, head, s.kv));
+}
+
+// Decays of the head by one warp.
+__device__ __forceinline__ void gate_row(float* decay, const float* k, int head, const StepSizes& s) {
+    float of_mean = is_gate_of_mean(s.gate) ? head_gate(k, head, s) : 0.0f;
+    for (int d = threadIdx.x & 31; d < DIM; d += 32) {
+        float g = of_mean;
         if (s.gate == GATE_LOG_SIGMOID) g = -softplus(-k[d]) / s.divisor;
-        else if (s.gate == GATE_MEAN_LOG_SIGMOID) g = -softplus(-mean);
-        else if (s.gate == GATE_MEAN_NEGATIVE_SOFTPLUS) g = -softplus(mean);
-        else g = -expf(k[d]);
+        else if (s.gate == GATE_NEGATIVE_EXP) g = -expf(k[d]);
         decay[d] = decay_of(g);
     }
 }
@@ -223,8 +225,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
         for (int r = warp; r < GROUP + 2; r += THREADS / 32) {
             if (r < GROUP) map_row<DIM>(m.query[r], m.q[r], s.query_map);
-            else if (r == GROUP) map_row<DIM>(m.key, m.k, s.key_map);
-            else gate_row(m.decay, m.k, s);
+            else if (r > GROUP) gate_row(m.decay, m.k, head, s);
+            else if (s.key_map == MAP_SHARE) map_row<DIM>(m.key, m.k, s.key_map, -expm1f(head_gate(m.k, head, s)) * DIM);
+            else map_row<DIM>(m.key, m.k, s.key_map);
         }
 #endif
     }

@@ -7,13 +7,14 @@ use crate::compile::Source;
 use crate::driver::{Arg, Launch, int, long};
 use crate::{Cuda, rows_of};
 
-/// `GATE_...` of the kernels, and the divisor.
-pub(crate) fn gate_words(gate: Gate) -> (i32, f32) {
+/// `GATE_...` of the kernels, the divisor (of the first head), and that of the last head, 0 where all have the same.
+pub(crate) fn gate_words(gate: Gate) -> (i32, f32, f32) {
     match gate {
-        Gate::LogSigmoid { divisor } => (0, divisor),
-        Gate::MeanLogSigmoid => (1, 1.0),
-        Gate::MeanNegativeSoftplus => (2, 1.0),
-        Gate::NegativeExp => (3, 1.0),
+        Gate::LogSigmoid { divisor } => (0, divisor, 0.0),
+        Gate::MeanLogSigmoid => (1, 1.0, 0.0),
+        Gate::MeanNegativeSoftplus => (2, 1.0, 0.0),
+        Gate::NegativeExp => (3, 1.0, 0.0),
+        Gate::MeanLogSigmoidOver { shortest, longest } => (4, shortest, longest),
     }
 }
 
@@ -22,6 +23,7 @@ pub(crate) fn map_word(map: FeatureMap) -> i32 {
     match map {
         FeatureMap::Softmax => 0,
         FeatureMap::OneMinusSigmoid => 1,
+        FeatureMap::Share => 2,
     }
 }
 
@@ -42,10 +44,13 @@ fn feature(
         }
         None => Arg::Pointer(0),
     };
-    let ((kind, divisor), map) = (gate_words(how.1), map_word(how.0));
+    let ((kind, divisor, longest), map) = (gate_words(how.1), map_word(how.0));
     let (width, rows) = rows_of(x);
+    let heads = x.dim(1);
     let (y, x) = (cuda.act(name, y)?, cuda.act(name, x)?);
-    let args = [y, gates, x, Arg::Int(map), Arg::Int(kind), Arg::Float(divisor), int(width), int(rows)];
+    let [map, kind] = [map, kind].map(Arg::Int);
+    let [divisor, longest] = [divisor, longest].map(Arg::Float);
+    let args = [y, gates, x, map, kind, divisor, longest, int(heads), int(width), int(rows)];
     // A quarter of the head in threads, where that divides a warp.
     let fours = width % 4 == 0 && (width / 4).is_power_of_two() && width <= 128;
     let (kernel, launch) = match (name, fours) {

@@ -245,10 +245,10 @@ impl StepOps for Cuda {
         let [heads, kv, n, window, sinks, rows] =
             [spec.heads, spec.kv_heads, texts, window, cache.spec.sinks, cache_rows].map(|x| x as i32);
         let scale = 1.0 / (spec.head_dim as f32).sqrt();
-        let [divisor, alpha, beta, scale, factor, epsilon] =
-            [gate.1, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
-        let words =
-            [heads, kv, n, window, sinks, rows, maps[0], maps[1], gate.0, divisor, alpha, beta, scale, factor, epsilon];
+        let [query_map, key_map] = maps;
+        let floats = [gate.1, gate.2, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
+        let counts = [heads, kv, n, window, sinks, rows, query_map, key_map, gate.0];
+        let words: Vec<i32> = counts.into_iter().chain(floats).collect();
         let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
         let norm = |i: usize| head_norms.map_or(Ok(Arg::Pointer(0)), |norms| self.f32(NAME, norms[i]));
         let args = [

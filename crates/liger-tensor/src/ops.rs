@@ -118,6 +118,8 @@ pub enum FeatureMap {
     Softmax,
     /// `1 - sigmoid(x)`.
     OneMinusSigmoid,
+    /// `D (1 - a) softmax(x)`, of keys whose gate a is one a head: what the state holds is then a mean.
+    Share,
 }
 
 /// How the log gate comes out of the key.
@@ -130,10 +132,27 @@ pub enum Gate {
     },
     /// `log sigmoid(mean of k over the head)`, one a head.
     MeanLogSigmoid,
+    /// The same divided by a number for each key/value head, from `shortest` for the first to `longest` for the last one,
+    /// evenly in their logarithms: the half-life in tokens where the mean is 0.
+    MeanLogSigmoidOver {
+        /// Of the first head.
+        shortest: f32,
+        /// Of the last head.
+        longest: f32,
+    },
     /// `-softplus(mean of k over the head)`, one a head.
     MeanNegativeSoftplus,
     /// `-exp(k)`.
     NegativeExp,
+}
+
+impl Gate {
+    /// What [`Gate::MeanLogSigmoidOver`] divides by for a head of `heads`; 1 for others.
+    pub fn head_divisor(self, head: usize, heads: usize) -> f32 {
+        let Self::MeanLogSigmoidOver { shortest, longest } = self else { return 1.0 };
+        let place = if heads > 1 { head as f32 / (heads - 1) as f32 } else { 0.5 };
+        shortest * (longest / shortest).powf(place)
+    }
 }
 
 /// The front of a recurrent structure: feature maps of query and key, and the gate.

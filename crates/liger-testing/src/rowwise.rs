@@ -170,18 +170,31 @@ fn rope(c: &Check<'_>, d: usize) {
     c.close("combine", &out, &x.iter().map(|x| 4.5 * x).collect::<Vec<_>>());
 }
 
-fn map(x: &[f64], kind: FeatureMap, d: usize) -> Vec<f64> {
+/// `log_gate` is that of `x`, for a share.
+fn map(x: &[f64], kind: FeatureMap, d: usize, log_gate: &[f64]) -> Vec<f64> {
     match kind {
         FeatureMap::Softmax => x.chunks(d).flat_map(softmax).collect(),
+        FeatureMap::Share => {
+            let softmaxed = x.chunks(d).flat_map(softmax);
+            softmaxed.zip(log_gate).map(|(y, g)| d as f64 * (1.0 - g.exp()) * y).collect()
+        }
         FeatureMap::OneMinusSigmoid => x.iter().map(|x| 1.0 - sigmoid(*x)).collect(),
     }
 }
 
-fn log_gate(k: &[f64], gate: Gate, d: usize) -> Vec<f64> {
+fn log_gate(k: &[f64], gate: Gate, heads: usize, d: usize) -> Vec<f64> {
     match gate {
         Gate::LogSigmoid { divisor } => k.iter().map(|k| log_sigmoid(*k) / f64::from(divisor)).collect(),
         Gate::NegativeExp => k.iter().map(|k| -k.exp()).collect(),
         Gate::MeanLogSigmoid => k.chunks(d).flat_map(|k| vec![log_sigmoid(mean(k)); d]).collect(),
+        Gate::MeanLogSigmoidOver { shortest, longest } => {
+            let (shortest, longest) = (f64::from(shortest), f64::from(longest));
+            let divisor = |row: usize| {
+                let place = if heads > 1 { (row % heads) as f64 / (heads - 1) as f64 } else { 0.5 };
+                shortest * (longest / shortest).powf(place)
+            };
+            k.chunks(d).enumerate().flat_map(|(row, k)| vec![log_sigmoid(mean(k)) / divisor(row); d]).collect()
+        }
         Gate::MeanNegativeSoftplus => k.chunks(d).flat_map(|k| vec![log_sigmoid(-mean(k)); d]).collect(),
     }
 }
@@ -192,12 +205,23 @@ fn features(c: &Check<'_>) {
         Gate::LogSigmoid { divisor: 1.0 },
         Gate::MeanLogSigmoid,
         Gate::MeanNegativeSoftplus,
+        Gate::MeanLogSigmoidOver { shortest: 2.0, longest: 50.0 },
         Gate::NegativeExp,
     ];
     for gate in gates {
-        for key in [FeatureMap::Softmax, FeatureMap::OneMinusSigmoid] {
+        for (key, kv, d) in [
+            (FeatureMap::Softmax, 2, 18),
+            (FeatureMap::OneMinusSigmoid, 2, 18),
+            (FeatureMap::Share, 2, 18),
+            (FeatureMap::Share, 1, 16),
+            (FeatureMap::Share, 4, 64),
+        ] {
+            let one_a_head = matches!(gate, Gate::MeanLogSigmoid | Gate::MeanLogSigmoidOver { .. });
+            if key == FeatureMap::Share && !one_a_head {
+                continue;
+            }
             let spec = FeatureSpec { query: FeatureMap::Softmax, key, gate };
-            let (n, heads, kv, d) = (3, 4, 2, 18);
+            let (n, heads) = (3, 4);
             let (q_shape, k_shape) = ([n, heads, d], [n, kv, d]);
             let mut numbers = Numbers::new(2);
             let q = numbers.normal(n * heads * d);
@@ -206,17 +230,20 @@ fn features(c: &Check<'_>) {
             let (mut f, mut w, mut g) = (c.poisoned(&q_shape), c.poisoned(&k_shape), c.poisoned_exact(&k_shape));
             c.ops.features_forward(&mut f, &mut w, &mut g, &qt, &kt, spec).expect("features_forward");
             let what = format!("{spec:?}");
-            c.close(&format!("{what}: query"), &f, &map(&q, spec.query, d));
-            c.close(&format!("{what}: key"), &w, &map(&k, key, d));
-            c.close(&format!("{what}: gate"), &g, &log_gate(&k, gate, d));
+            c.close(&format!("{what}: query"), &f, &map(&q, spec.query, d, &[]));
+            c.close(&format!("{what}: key"), &w, &map(&k, key, d, &log_gate(&k, gate, kv, d)));
+            c.close(&format!("{what}: gate"), &g, &log_gate(&k, gate, kv, d));
             let (df, dw, dg) = (numbers.normal(q.len()), numbers.normal(k.len()), numbers.normal(k.len()));
             let (mut dq, mut dk) = (c.tensor(&df, &q_shape), c.tensor(&dw, &k_shape));
             c.ops
                 .features_backward(&mut dq, &mut dk, &c.exact(&dg, &k_shape), &qt, &kt, spec)
                 .expect("features_backward");
-            c.close(&format!("{what}: dq"), &dq, &gradient(&q, &df, |q| map(q, spec.query, d)));
+            c.close(&format!("{what}: dq"), &dq, &gradient(&q, &df, |q| map(q, spec.query, d, &[])));
             let both: Vec<f64> = dw.iter().chain(&dg).copied().collect();
-            let expected = gradient(&k, &both, |k| [map(k, key, d), log_gate(k, gate, d)].concat());
+            let expected = gradient(&k, &both, |k| {
+                let gates = log_gate(k, gate, kv, d);
+                [map(k, key, d, &gates), gates].concat()
+            });
             c.close(&format!("{what}: dk"), &dk, &expected);
         }
     }

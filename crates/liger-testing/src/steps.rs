@@ -22,12 +22,15 @@ pub(crate) fn check(c: &Check<'_>) {
     let retnet = features(FeatureMap::Softmax, FeatureMap::Softmax, Gate::MeanLogSigmoid);
     let mamba2 = features(FeatureMap::Softmax, FeatureMap::Softmax, Gate::MeanNegativeSoftplus);
     let rwkv6 = features(FeatureMap::Softmax, FeatureMap::Softmax, Gate::NegativeExp);
-    for form in [gla, hgrn2, retnet, mamba2, rwkv6, StepForm::Off] {
+    let over = Gate::MeanLogSigmoidOver { shortest: 4.0, longest: 100.0 };
+    let mean = features(FeatureMap::Softmax, FeatureMap::Share, over);
+    for form in [gla, hgrn2, retnet, mamba2, rwkv6, mean, StepForm::Off] {
         liger(c, steps, (2, 3, 64), form, 4);
     }
     liger(c, steps, (1, 4, 128), gla, 0);
     liger(c, steps, (2, 1, 24), gla, 4);
     liger(c, steps, (2, 8, 16), rwkv6, 1);
+    liger(c, steps, (1, 4, 128), mean, 4);
     liger(c, steps, (2, 3, 64), StepForm::Slots(64), 4);
     liger(c, steps, (1, 2, 32), StepForm::Slots(16), 0);
 }

@@ -25,7 +25,7 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LigerRecipe {
-    /// gla, hgrn2, gsa, retnet, mamba2 or rwkv6.
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean.
     pub structure: String,
     /// Keys that the softmax window sees.
     #[serde(default = "default_window")]
@@ -231,7 +231,7 @@ impl Recipe {
         let fail = |field, found: String, expected| Err(Error::Setting { field, found, expected });
         let t = &self.train;
         if Structure::from_name(&self.liger.structure).is_none() {
-            let expected = "gla, hgrn2, gsa, retnet, mamba2 or rwkv6";
+            let expected = "gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean";
             return fail("liger.structure", format!("`{}`", self.liger.structure), expected);
         }
         for (field, size) in [

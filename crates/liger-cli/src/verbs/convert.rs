@@ -25,7 +25,7 @@ pub struct Args {
 /// The form that the attention takes.
 #[derive(clap::Args)]
 pub struct FormArgs {
-    /// gla, hgrn2, gsa, retnet, mamba2 or rwkv6
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean
     #[arg(long, default_value = "gla")]
     structure: String,
     /// Keys that the softmax window sees

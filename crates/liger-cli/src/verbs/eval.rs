@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long, default_value_t = 4)]
     pieces: usize,
     /// The model with other attention: as-is; base (softmax); window, sinks (a window of 64 alone, with 4 sinks); gla, hgrn2,
-    /// gsa, retnet, mamba2, rwkv6 (the paper's form); no-recurrence, no-window, no-sinks
+    /// gsa, retnet, mamba2, rwkv6 (the paper's form); mean; no-recurrence, no-window, no-sinks
     #[arg(long, value_delimiter = ',', default_value = "as-is")]
     variants: Vec<String>,
     /// Tokens of the texts of passkey, needle and mqar

@@ -29,7 +29,7 @@ pub struct Args {
     /// A recipe by name (default, paper, quickstart) or a TOML file
     #[arg(long, default_value = "default")]
     recipe: String,
-    /// gla, hgrn2, gsa, retnet, mamba2 or rwkv6 [default: the recipe's]
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean [default: the recipe's]
     #[arg(long)]
     structure: Option<String>,
     /// Tokens to tune on, such as 50K or 20M [default: the recipe's]

@@ -4,6 +4,7 @@ mod gla;
 mod gsa;
 mod hgrn2;
 mod mamba2;
+mod mean;
 mod retnet;
 mod rwkv6;
 
@@ -24,6 +25,8 @@ pub enum Structure {
     Mamba2,
     /// RWKV6's double exponential gate.
     Rwkv6,
+    /// A decayed mean with long half-lives; not the paper's.
+    Mean,
 }
 
 /// What a structure runs.
@@ -36,7 +39,7 @@ pub(crate) enum Form {
 
 impl Structure {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Gla, Self::Hgrn2, Self::Gsa, Self::Retnet, Self::Mamba2, Self::Rwkv6];
+    pub const ALL: [Self; 7] = [Self::Gla, Self::Hgrn2, Self::Gsa, Self::Retnet, Self::Mamba2, Self::Rwkv6, Self::Mean];
 
     /// The name in files and on the command line.
     pub fn name(self) -> &'static str {
@@ -47,6 +50,7 @@ impl Structure {
             Self::Retnet => "retnet",
             Self::Mamba2 => "mamba2",
             Self::Rwkv6 => "rwkv6",
+            Self::Mean => "mean",
         }
     }
 
@@ -63,6 +67,7 @@ impl Structure {
             Self::Retnet => Form::Features(retnet::FEATURES),
             Self::Mamba2 => Form::Features(mamba2::FEATURES),
             Self::Rwkv6 => Form::Features(rwkv6::FEATURES),
+            Self::Mean => Form::Features(mean::FEATURES),
         }
     }
 }
