@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 /// The work stopped because the user asked.
 #[derive(Debug)]
@@ -15,15 +16,21 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
+/// `timeout` and the like signal the process and then its group: what comes so soon after the first is the same wish.
+const SAME: Duration = Duration::from_secs(1);
+
 /// A flag that Ctrl-C sets.
 pub fn flag() -> anyhow::Result<Arc<AtomicBool>> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
+    let mut first = None;
     ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::Relaxed) {
+        let first = *first.get_or_insert_with(Instant::now);
+        if !seen.swap(true, Ordering::Relaxed) {
+            eprintln!("\nfinishing the step; press Ctrl-C again to end at once");
+        } else if first.elapsed() > SAME {
             std::process::exit(i32::from(crate::INTERRUPTED));
         }
-        eprintln!("\nfinishing the step; press Ctrl-C again to end at once");
     })?;
     Ok(flag)
 }
