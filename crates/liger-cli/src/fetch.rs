@@ -141,8 +141,9 @@ fn from_hub(name: &str, dataset: &str, file: &str, folder: &Path) -> Result<()> 
     let repository = Repo::with_revision(dataset.into(), RepoType::Dataset, "refs/convert/parquet".into());
     let api = ApiBuilder::from_env().build().context("Hugging Face hub")?.repo(repository);
     let path = api.get(file).with_context(|| format!("{dataset}: cannot fetch {file}; or give --data-dir"))?;
-    let rows = liger_train::data::read_records(&path)?;
-    let lines: String = rows.list.iter().map(|(_, record)| format!("{record}\n")).collect();
+    let opened = std::fs::File::open(&path).with_context(|| path.display().to_string())?;
+    let rows = liger_train::data::parquet_rows(opened, &path)?;
+    let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
     Ok(files::write_whole(&folder.join(format!("{name}.jsonl")), lines.as_bytes())?)
 }
 

@@ -45,7 +45,7 @@ impl Progress {
             let rate = done.saturating_sub(first) as f64 / self.start.elapsed().as_secs_f64();
             let words = if words.is_empty() { String::new() } else { format!(", {words}") };
             let left = self.total.saturating_sub(done) as f64 / rate;
-            let left = if rate > 0.0 { format!(", {left:.0} s left") } else { String::new() };
+            let left = if rate > 0.0 { format!(", {rate:.1}/s, {left:.0} s left") } else { String::new() };
             eprintln!("{}: {done}/{} {}{left}{words}", self.what, self.total, self.unit);
         }
     }

@@ -12,7 +12,7 @@ use liger_model::Tokenizer;
 pub use own::{OwnText, write_conversations};
 pub(crate) use packing::shuffle;
 pub use packing::{Row, pack};
-pub use read::{Record, Records, read_records, records_from_jsonl};
+pub use read::{Record, Records, parquet_rows, read_records, records_from_jsonl};
 pub use render::Renderer;
 
 use crate::error::{Result, unusable};

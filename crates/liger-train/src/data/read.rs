@@ -157,24 +157,35 @@ fn message_of(turn: &Value) -> Option<Message> {
 }
 
 fn read_parquet(file: File, path: &Path) -> Result<Records> {
+    let mut records = Records::default();
+    parquet_rows(file, path)?.into_iter().enumerate().for_each(|(i, row)| records.add(i + 1, row));
+    Ok(records)
+}
+
+/// The rows of a Parquet file as JSON objects; columns of rare kinds are null. `path` is for messages.
+///
+/// # Errors
+/// If it is not such a file.
+pub fn parquet_rows(file: File, path: &Path) -> Result<Vec<Value>> {
     let broken = |e: parquet::errors::ParquetError| unusable(path, format!("not a Parquet file that can be read: {e}"));
     let reader = SerializedFileReader::new(file).map_err(broken)?;
-    let mut records = Records::default();
-    for (i, row) in reader.get_row_iter(None).map_err(broken)?.enumerate() {
-        records.add(i + 1, row_value(&row.map_err(broken)?));
-    }
-    Ok(records)
+    let rows = reader.get_row_iter(None).map_err(broken)?;
+    rows.map(|row| Ok(row_value(&row.map_err(broken)?))).collect()
 }
 
 fn row_value(row: &Row) -> Value {
     Value::Object(row.get_column_iter().map(|(name, field)| (name.clone(), field_value(field))).collect())
 }
 
-/// Only what records are made of: texts, lists and groups.
+/// Only what records are made of: texts, numbers, lists and groups.
 fn field_value(field: &Field) -> Value {
     match field {
         Field::Str(text) => json!(text),
         Field::Bytes(bytes) => json!(String::from_utf8_lossy(bytes.data())),
+        Field::Bool(value) => json!(value),
+        Field::Int(value) => json!(value),
+        Field::Long(value) => json!(value),
+        Field::Double(value) => json!(value),
         Field::Group(row) => row_value(row),
         Field::ListInternal(list) => Value::Array(list.elements().iter().map(field_value).collect()),
         _ => Value::Null,
@@ -249,7 +260,8 @@ mod tests {
         use parquet::data_type::{ByteArray, ByteArrayType};
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.parquet");
-        let schema = "message m { required binary instruction (UTF8); required binary output (UTF8); }";
+        let schema =
+            "message m { required binary instruction (UTF8); required binary output (UTF8); required int64 label; }";
         let schema = std::sync::Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
         let properties = std::sync::Arc::new(parquet::file::properties::WriterProperties::builder().build());
         let file = File::create(&path).unwrap();
@@ -261,8 +273,13 @@ mod tests {
             column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
             column.close().unwrap();
         }
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<parquet::data_type::Int64Type>().write_batch(&[7, -1], None, None).unwrap();
+        column.close().unwrap();
         group.close().unwrap();
         writer.close().unwrap();
+        let rows = parquet_rows(File::open(&path).unwrap(), &path).unwrap();
+        assert_eq!(rows[1], json!({"instruction": "Say b", "output": "b", "label": -1}));
         let list = read_records(&path).unwrap().list;
         let record =
             |i: &str, o: &str| Record::Instruction { instruction: i.into(), input: "".into(), output: o.into() };
