@@ -54,7 +54,6 @@ class Mix(nn.Module):
         if v["far"] != "none":
             self.tq, self.tk = p(v.get("tau", 1.0)), p(v.get("tau", 1.0), K)
             self.b = p(v.get("b", 0.0))
-            # half-lives spread from 64 tokens to 4096
             lives = torch.logspace(
                 math.log10(v.get("life_from", 256)), math.log10(v.get("life_to", 4096)), K, device=dev
             )
