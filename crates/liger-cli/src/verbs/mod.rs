@@ -11,3 +11,4 @@ pub mod info;
 pub mod linearize;
 pub mod logits;
 pub mod report;
+pub mod serve;

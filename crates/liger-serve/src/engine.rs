@@ -1,0 +1,186 @@
+//! The thread that owns the model: continuous batching over the slots of one state.
+
+use std::sync::Arc;
+
+use liger_model::{Adapter, Decoder, GenerateOptions, Generator, Result, State, StopStrings, TextStream, Tokenizer};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use tokio::sync::mpsc::{Receiver, UnboundedSender};
+
+/// Tokens of a prompt that are read between two steps of the others: what they wait for at most.
+const CHUNK: usize = 256;
+
+/// A text to write.
+pub(crate) struct Work {
+    /// Not empty.
+    pub(crate) prompt: Vec<u32>,
+    pub(crate) options: GenerateOptions,
+    pub(crate) stop: Vec<String>,
+    /// A receiver that is gone ends the work.
+    pub(crate) events: UnboundedSender<Event>,
+}
+
+/// What comes of it.
+#[derive(Debug)]
+pub(crate) enum Event {
+    Text(String),
+    Done(Finish),
+    Failed(String),
+}
+
+/// How a text ended, and the tokens written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Finish {
+    pub(crate) at_limit: bool,
+    pub(crate) tokens: usize,
+}
+
+pub(crate) struct Engine {
+    pub(crate) decoder: Decoder,
+    pub(crate) adapter: Option<Adapter>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) state: State,
+    pub(crate) queue: Receiver<Work>,
+}
+
+/// A text in a slot.
+struct Running<'a> {
+    work: Work,
+    /// Tokens of the prompt that the state has taken in.
+    read: usize,
+    /// Prompt and what was written.
+    seen: Vec<u32>,
+    written: usize,
+    rng: ChaCha8Rng,
+    stream: TextStream<'a>,
+    stop: StopStrings,
+}
+
+impl<'a> Running<'a> {
+    fn new(work: Work, tokenizer: &'a Tokenizer) -> Self {
+        Self {
+            read: 0,
+            seen: work.prompt.clone(),
+            written: 0,
+            rng: ChaCha8Rng::seed_from_u64(work.options.seed),
+            stream: TextStream::new(tokenizer, &work.prompt),
+            stop: StopStrings::new(&work.stop),
+            work,
+        }
+    }
+
+    fn is_read(&self) -> bool {
+        self.read == self.work.prompt.len()
+    }
+
+    /// The next token of logits `[V]`; whether the text goes on.
+    fn take(&mut self, logits: &mut [f32]) -> Result<bool> {
+        let Work { options, events, .. } = &self.work;
+        let id = options.sampling.pick(logits, &self.seen, &mut self.rng);
+        if options.stop_ids.contains(&id) {
+            self.end(false);
+            return Ok(false);
+        }
+        self.seen.push(id);
+        self.written += 1;
+        let (piece, stopped) = self.stop.push(&self.stream.push(id)?);
+        let is_heard = events.send(Event::Text(piece)).is_ok();
+        if stopped || self.written == options.max_tokens {
+            self.end(!stopped);
+            return Ok(false);
+        }
+        Ok(is_heard)
+    }
+
+    fn end(&mut self, at_limit: bool) {
+        let rest = self.stop.finish();
+        let _ = self.work.events.send(Event::Text(rest));
+        let _ = self.work.events.send(Event::Done(Finish { at_limit, tokens: self.written }));
+    }
+}
+
+impl Engine {
+    /// Works until nobody can send work any more.
+    pub(crate) fn run(self) {
+        let Self { decoder, adapter, tokenizer, mut state, mut queue } = self;
+        let generator = Generator { decoder: &decoder, adapter: adapter.as_ref() };
+        let mut slots: Vec<Option<Running<'_>>> = (0..state.slots()).map(|_| None).collect();
+        let mut turn = 0;
+        loop {
+            while let Some(slot) = slots.iter().position(Option::is_none) {
+                let is_idle = slots.iter().all(Option::is_none);
+                let Some(work) = (if is_idle { queue.blocking_recv() } else { queue.try_recv().ok() }) else {
+                    if is_idle {
+                        return;
+                    }
+                    break;
+                };
+                if work.events.is_closed() {
+                    continue;
+                }
+                match state.reset(slot, decoder.ops()) {
+                    Ok(()) => slots[slot] = Some(Running::new(work, &tokenizer)),
+                    Err(e) => drop(work.events.send(Event::Failed(e.to_string()))),
+                }
+            }
+            // One chunk of one prompt, in turns, so that a long one holds up nobody.
+            turn += 1;
+            let reading = (0..slots.len()).map(|i| (turn + i) % slots.len());
+            let reading = reading.into_iter().find(|&slot| slots[slot].as_ref().is_some_and(|r| !r.is_read()));
+            if let Some(slot) = reading {
+                settle(&mut slots[slot], |running| read_chunk(running, &generator, &mut state, slot));
+            }
+            step(&mut slots, &generator, &mut state);
+        }
+    }
+}
+
+/// Does something with a text, and empties its slot if it ends or fails.
+fn settle(slot: &mut Option<Running<'_>>, act: impl FnOnce(&mut Running<'_>) -> Result<bool>) {
+    let Some(running) = slot else { return };
+    match act(running) {
+        Ok(true) => {}
+        Ok(false) => *slot = None,
+        Err(e) => {
+            let _ = running.work.events.send(Event::Failed(e.to_string()));
+            *slot = None;
+        }
+    }
+}
+
+fn read_chunk(running: &mut Running<'_>, generator: &Generator<'_>, state: &mut State, slot: usize) -> Result<bool> {
+    if running.work.events.is_closed() {
+        return Ok(false);
+    }
+    let end = running.work.prompt.len().min(running.read + CHUNK);
+    let mut logits = generator.prefill(state, slot, &running.work.prompt[running.read..end])?;
+    running.read = end;
+    if running.is_read() { running.take(&mut logits) } else { Ok(true) }
+}
+
+/// One token for every text that has been read.
+fn step(slots: &mut [Option<Running<'_>>], generator: &Generator<'_>, state: &mut State) {
+    let last = |slot: &Option<Running<'_>>| slot.as_ref().filter(|r| r.is_read()).and_then(|r| r.seen.last().copied());
+    let tokens: Vec<(usize, u32)> = slots.iter().enumerate().filter_map(|(i, s)| Some((i, last(s)?))).collect();
+    if tokens.is_empty() {
+        return;
+    }
+    let ops = generator.decoder.ops();
+    let logits = generator.step(state, &tokens).and_then(|logits| Ok(ops.download(logits)?));
+    match logits {
+        Ok(mut logits) => {
+            let rows = logits.chunks_mut(generator.decoder.config().vocab_size);
+            for (&(slot, _), row) in tokens.iter().zip(rows) {
+                settle(&mut slots[slot], |running| running.take(row));
+            }
+        }
+        // A text at the end of its model's context, or the device: the step is nobody's.
+        Err(e) => {
+            for &(slot, _) in &tokens {
+                if let Some(running) = slots[slot].take() {
+                    let _ = running.work.events.send(Event::Failed(e.to_string()));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! A real server on a loopback port with a tiny random model, spoken to over plain sockets.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use liger_cpu::Cpu;
+use liger_model::{Decoder, GenerateOptions, Generator, LigerConfig, ModelConfig, RandomWeights, Sampling, Structure};
+use liger_model::{TextStream, Tokenizer, Weights};
+use liger_serve::{Limits, Served, serve};
+use liger_tensor::{DType, Ops};
+use serde_json::{Value, json};
+
+fn decoder() -> Decoder {
+    let ops: Arc<dyn Ops> = Arc::new(Cpu::new());
+    let config = ModelConfig::shape("tiny").unwrap();
+    let weights = Weights::load(&RandomWeights::new(&config, 3), &config, &*ops, DType::F32).unwrap();
+    Decoder::new(ops, config, weights).with_attention(Some(LigerConfig::paper(Structure::Gsa)))
+}
+
+struct Server {
+    address: SocketAddr,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Server {
+    fn start(limits: Limits) -> Self {
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let served =
+                Served { name: "tiny".into(), decoder: decoder(), adapter: None, tokenizer: Tokenizer::bytes() };
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+            runtime.block_on(async {
+                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+                tell.send(listener.local_addr().unwrap()).unwrap();
+                serve(served, limits, listener, async { drop(stopped.await) }).await.unwrap();
+            });
+        });
+        Self { address: told.recv().unwrap(), stop: Some(stop), thread: Some(thread) }
+    }
+
+    fn send(&self, method: &str, path: &str, headers: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let length = body.len();
+        let text = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
+        );
+        stream.write_all(text.as_bytes()).unwrap();
+        stream
+    }
+
+    /// Status, head and body.
+    fn ask(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
+        let mut text = String::new();
+        self.send(method, path, headers, body).read_to_string(&mut text).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").unwrap();
+        (head[9..12].parse().unwrap(), head.to_lowercase(), body.to_owned())
+    }
+
+    fn complete(&self, request: &Value) -> (u16, Value) {
+        let (status, _, body) = self.ask("POST", "/v1/completions", "", &request.to_string());
+        (status, serde_json::from_str(&body).unwrap())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.stop.take().unwrap().send(());
+        let _ = self.thread.take().unwrap().join();
+    }
+}
+
+/// What the model writes alone, greedily.
+fn alone(prompt: &str, max_tokens: usize) -> String {
+    let (decoder, tokenizer) = (decoder(), Tokenizer::bytes());
+    let generator = Generator { decoder: &decoder, adapter: None };
+    let options = GenerateOptions {
+        max_tokens,
+        sampling: Sampling::default(),
+        seed: 0,
+        stop_ids: decoder.config().eos_token_ids.clone(),
+    };
+    let ids = tokenizer.encode(prompt, true).unwrap();
+    let mut state = decoder.new_state(1).unwrap();
+    let (mut stream, mut text) = (TextStream::new(&tokenizer, &ids), String::new());
+    let mut take = |id| {
+        text.push_str(&stream.push(id)?);
+        Ok(true)
+    };
+    generator.generate(&mut state, &ids, &options, &mut take).unwrap();
+    text
+}
+
+#[test]
+fn texts_side_by_side_are_those_written_alone() {
+    let server = Server::start(Limits { slots: 3, ..Limits::default() });
+    // More requests than slots, prompts of several chunks among them.
+    let prompts: Vec<String> = (0..8).map(|i| format!("text {i} ").repeat(1 + 40 * (i % 3))).collect();
+    let answers: Vec<(u16, Value)> = std::thread::scope(|scope| {
+        let ask = |prompt: &String| {
+            let request = json!({"prompt": prompt, "max_tokens": 24, "temperature": 0});
+            let server = &server;
+            scope.spawn(move || server.complete(&request))
+        };
+        let threads: Vec<_> = prompts.iter().map(ask).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (prompt, (status, answer)) in prompts.iter().zip(answers) {
+        assert_eq!((status, &answer["model"]), (200, &json!("tiny")), "{answer}");
+        assert_eq!(answer["choices"][0]["text"], json!(alone(prompt, 24)));
+        assert_eq!(answer["usage"]["prompt_tokens"], json!(prompt.len()));
+    }
+}
+
+#[test]
+fn streams_stops_and_seeds() {
+    let server = Server::start(Limits::default());
+    let text = alone("begin", 20);
+    let request = json!({"prompt": "begin", "max_tokens": 20, "temperature": 0, "stream": true});
+    let (status, head, body) = server.ask("POST", "/v1/completions", "", &request.to_string());
+    assert!(status == 200 && head.contains("content-type: text/event-stream"), "{head}");
+    let data: Vec<&str> = body.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    assert_eq!(data.last(), Some(&"[DONE]"));
+    let chunks: Vec<Value> = data[..data.len() - 1].iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let streamed: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+    assert_eq!(streamed, text);
+    assert!(chunks[chunks.len() - 1]["usage"]["completion_tokens"].as_u64().unwrap() <= 20);
+
+    // A stop string in the middle ends the text before it.
+    let stop: String = text.chars().skip(3).take(2).collect();
+    let (_, answer) = server.complete(&json!({"prompt": "begin", "max_tokens": 20, "temperature": 0, "stop": stop}));
+    assert_eq!(answer["choices"][0]["text"], json!(text[..text.find(&stop).unwrap()]));
+    assert_eq!(answer["choices"][0]["finish_reason"], json!("stop"));
+
+    let drawn = |seed: u64| {
+        let request = json!({"prompt": "begin", "max_tokens": 20, "temperature": 1.5, "seed": seed});
+        server.complete(&request).1["choices"][0]["text"].clone()
+    };
+    assert_eq!(drawn(1), drawn(1));
+    assert_ne!(drawn(1), drawn(2));
+}
+
+#[test]
+fn mistakes_are_said_in_openais_form() {
+    let server = Server::start(Limits { body: 2000, ..Limits::default() });
+    let refused = |path: &str, body: &str, status: u16, expected: &str| {
+        let (found, _, text) = server.ask("POST", path, "", body);
+        let answer: Value = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}"));
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(found == status && message.contains(expected), "{found} {message}");
+        assert_eq!(answer["error"]["type"], json!("invalid_request_error"));
+    };
+    refused("/v1/completions", "{", 400, "the request is not what it must be: EOF");
+    refused("/v1/completions", "{\"prompt\": \"\u{e9}\", \"max_tokens\": -1}", 400, "invalid value");
+    refused("/v1/completions", "{\"prompt\": \"\"}", 400, "the prompt is empty");
+    refused("/v1/completions", "{\"prompt\": [300]}", 400, "300");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"n\": 2}", 400, "`n` is not supported");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"logprobs\": 1}", 400, "`logprobs` is not supported");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"temperature\": -1}", 400, "`temperature`: found -1");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"model\": \"gpt\"}", 404, "`tiny` is");
+    refused("/v1/completions", &"x".repeat(3000), 413, "too long");
+    refused(
+        "/v1/chat/completions",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",
+        400,
+        "no chat template",
+    );
+    refused("/v2", "{}", 404, "no such path");
+    assert_eq!(server.ask("GET", "/v1/completions", "", "").0, 405);
+    assert_eq!(server.ask("GET", "/health", "", "").2, "{\"status\":\"ok\"}");
+    // And it still works.
+    assert_eq!(server.complete(&json!({"prompt": "a", "max_tokens": 2})).0, 200);
+}
+
+#[test]
+fn a_key_is_asked_for() {
+    let server = Server::start(Limits { api_key: Some("secret".into()), ..Limits::default() });
+    assert_eq!(server.ask("GET", "/v1/models", "", "").0, 401);
+    assert_eq!(server.ask("GET", "/v1/models", "Authorization: Bearer secre\r\n", "").0, 401);
+    let (status, _, body) = server.ask("GET", "/v1/models", "Authorization: Bearer secret\r\n", "");
+    assert!(status == 200 && body.contains("\"id\":\"tiny\""), "{body}");
+    assert_eq!(server.ask("GET", "/health", "", "").0, 200);
+}
+
+#[test]
+fn a_full_queue_says_so_and_a_client_that_leaves_frees_its_slot() {
+    let server = Server::start(Limits { slots: 1, queue: 1, ..Limits::default() });
+    let endless = json!({"prompt": "a", "max_tokens": 100_000_000, "temperature": 0, "stream": true}).to_string();
+    let mut first = server.send("POST", "/v1/completions", "", &endless);
+    let mut byte = [0];
+    first.read_exact(&mut byte).unwrap();
+    let second = server.send("POST", "/v1/completions", "", &endless);
+    // The second waits in the queue; when it is there, a third has no place.
+    let start = Instant::now();
+    loop {
+        let request = json!({"prompt": "a", "max_tokens": 1}).to_string();
+        let mut third = server.send("POST", "/v1/completions", "", &request);
+        third.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+        let mut text = String::new();
+        let _ = third.read_to_string(&mut text);
+        if text.starts_with("HTTP/1.1 429") {
+            assert!(text.to_lowercase().contains("retry-after: 1"), "{text}");
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "{text}");
+    }
+    drop((first, second));
+    let (status, answer) = server.complete(&json!({"prompt": "a", "max_tokens": 1}));
+    assert!(status == 200 || status == 429, "{answer}");
+    let start = Instant::now();
+    while server.complete(&json!({"prompt": "a", "max_tokens": 1})).0 != 200 {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
