@@ -247,3 +247,19 @@ fn tasks_that_cannot_be_scored() {
     std::fs::write(dir.join("run.json"), "{\"liger_eval\": 1}").unwrap();
     check(dir, &["report", "run.json", "--out", "page"], "run.json: not a file of `liger eval --out`: missing field");
 }
+
+#[test]
+fn servers_that_cannot_be_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    model(dir, "m");
+    check(dir, &["serve", "m", "--slots", "0"], "--slots: found 0, expected at least 1");
+    check(dir, &["serve", "m", "--api-key", ""], "--api-key: it is empty");
+    check(dir, &["serve", "m", "--host", "0.0.0.0"], "--host 0.0.0.0: others than this machine could use it");
+    check(dir, &["serve", "nothing"], "nothing: no model here");
+    // The port is taken.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let expected = format!("error: 127.0.0.1:{port}: Address already in use");
+    check(dir, &["serve", "m", "--port", &port.to_string(), "--device", "cpu"], &expected);
+}

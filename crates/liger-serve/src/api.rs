@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{Sender, UnboundedReceiver, unbounded_channel};
 
-use crate::engine::{Event, Finish, Work};
+use crate::engine::{Event, Failure, Finish, Work};
 use crate::error::Refusal;
 
 /// What the handlers share.
@@ -64,14 +64,14 @@ async fn models(State(app): State<Arc<App>>) -> Json<Value> {
 
 /// One text or several.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "`stop`: expected a text or a list of texts")]
 enum OneOrMany {
     One(String),
     Many(Vec<String>),
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "`prompt`: expected a text, a list of tokens, or a list with one text")]
 enum Prompt {
     Text(String),
     Ids(Vec<u32>),
@@ -318,10 +318,21 @@ async fn whole(head: Head, mut events: UnboundedReceiver<Event>) -> Result<Respo
                 let choice = head.choice(&text, Some(finish), false);
                 return Ok(Json(head.object(choice, Some(finish.tokens), false)).into_response());
             }
-            Event::Failed(message) => return Err(Refusal::invalid(None, message)),
+            Event::Failed(failure) => return Err(refusal(failure)),
         }
     }
     Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the text was lost"))
+}
+
+/// What broke is said in the server's log: it may name what is nobody else's business.
+fn refusal(failure: Failure) -> Refusal {
+    match failure {
+        Failure::Refused(message) => Refusal::invalid(None, message),
+        Failure::Broken(message) => {
+            eprintln!("a text could not be written: {message}");
+            Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the server failed")
+        }
+    }
 }
 
 /// Server-sent events: pieces as they come, the end with its usage, `[DONE]`.
@@ -337,7 +348,7 @@ fn stream_out(head: Head, events: UnboundedReceiver<Event>) -> Response {
                 Some(Event::Done(finish)) => {
                     (vec![head.object(head.choice("", Some(finish), true), Some(finish.tokens), true)], true)
                 }
-                Some(Event::Failed(message)) => (vec![Refusal::invalid(None, message).body()], true),
+                Some(Event::Failed(failure)) => (vec![refusal(failure).body()], true),
                 None => (Vec::new(), true),
             };
             let mut lines: Vec<Result<Chunk, Infallible>> =

@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use liger_model::{Adapter, Decoder, GenerateOptions, Generator, Result, State, StopStrings, TextStream, Tokenizer};
+use liger_model::{
+    Adapter, Decoder, Error, GenerateOptions, Generator, Result, State, StopStrings, TextStream, Tokenizer,
+};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
@@ -25,7 +27,26 @@ pub(crate) struct Work {
 pub(crate) enum Event {
     Text(String),
     Done(Finish),
-    Failed(String),
+    Failed(Failure),
+}
+
+/// Why there is no text.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The request asks for what the model cannot do.
+    Refused(String),
+    /// The device or the tokenizer failed.
+    Broken(String),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Refused(message) => Self::Refused(message),
+            Error::Device(e @ liger_tensor::Error::TokenOutOfRange { .. }) => Self::Refused(e.to_string()),
+            other => Self::Broken(other.to_string()),
+        }
+    }
 }
 
 /// How a text ended, and the tokens written.
@@ -120,7 +141,7 @@ impl Engine {
                 }
                 match state.reset(slot, decoder.ops()) {
                     Ok(()) => slots[slot] = Some(Running::new(work, &tokenizer)),
-                    Err(e) => drop(work.events.send(Event::Failed(e.to_string()))),
+                    Err(e) => drop(work.events.send(Event::Failed(e.into()))),
                 }
             }
             // One chunk of one prompt, in turns, so that a long one holds up nobody.
@@ -142,7 +163,7 @@ fn settle(slot: &mut Option<Running<'_>>, act: impl FnOnce(&mut Running<'_>) -> 
         Ok(true) => {}
         Ok(false) => *slot = None,
         Err(e) => {
-            let _ = running.work.events.send(Event::Failed(e.to_string()));
+            let _ = running.work.events.send(Event::Failed(e.into()));
             *slot = None;
         }
     }
@@ -160,6 +181,15 @@ fn read_chunk(running: &mut Running<'_>, generator: &Generator<'_>, state: &mut 
 
 /// One token for every text that has been read.
 fn step(slots: &mut [Option<Running<'_>>], generator: &Generator<'_>, state: &mut State) {
+    // A model with softmax attention has a context, and a text at its end is over; the others go on.
+    let limit = generator.decoder.context_limit().unwrap_or(usize::MAX);
+    for (slot, place) in slots.iter_mut().enumerate() {
+        if state.position(slot) >= limit
+            && let Some(mut running) = place.take_if(|running| running.is_read())
+        {
+            running.end(true);
+        }
+    }
     let last = |slot: &Option<Running<'_>>| slot.as_ref().filter(|r| r.is_read()).and_then(|r| r.seen.last().copied());
     let tokens: Vec<(usize, u32)> = slots.iter().enumerate().filter_map(|(i, s)| Some((i, last(s)?))).collect();
     if tokens.is_empty() {
@@ -174,11 +204,11 @@ fn step(slots: &mut [Option<Running<'_>>], generator: &Generator<'_>, state: &mu
                 settle(&mut slots[slot], |running| running.take(row));
             }
         }
-        // A text at the end of its model's context, or the device: the step is nobody's.
         Err(e) => {
+            let message = e.to_string();
             for &(slot, _) in &tokens {
                 if let Some(running) = slots[slot].take() {
-                    let _ = running.work.events.send(Event::Failed(e.to_string()));
+                    let _ = running.work.events.send(Event::Failed(Failure::Broken(message.clone())));
                 }
             }
         }

@@ -29,11 +29,14 @@ struct Server {
 
 impl Server {
     fn start(limits: Limits) -> Self {
+        Self::with_model(decoder(), limits)
+    }
+
+    fn with_model(decoder: Decoder, limits: Limits) -> Self {
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let served =
-                Served { name: "tiny".into(), decoder: decoder(), adapter: None, tokenizer: Tokenizer::bytes() };
+            let served = Served { name: "tiny".into(), decoder, adapter: None, tokenizer: Tokenizer::bytes() };
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -159,6 +162,8 @@ fn mistakes_are_said_in_openais_form() {
     refused("/v1/completions", "{", 400, "the request is not what it must be: EOF");
     refused("/v1/completions", "{\"prompt\": \"\u{e9}\", \"max_tokens\": -1}", 400, "invalid value");
     refused("/v1/completions", "{\"prompt\": \"\"}", 400, "the prompt is empty");
+    refused("/v1/completions", "{\"prompt\": 5}", 400, "`prompt`: expected a text, a list of tokens");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"stop\": 5}", 400, "`stop`: expected a text or a list of texts");
     refused("/v1/completions", "{\"prompt\": [300]}", 400, "300");
     refused("/v1/completions", "{\"prompt\": \"a\", \"n\": 2}", 400, "`n` is not supported");
     refused("/v1/completions", "{\"prompt\": \"a\", \"logprobs\": 1}", 400, "`logprobs` is not supported");
@@ -176,6 +181,28 @@ fn mistakes_are_said_in_openais_form() {
     assert_eq!(server.ask("GET", "/health", "", "").2, "{\"status\":\"ok\"}");
     // And it still works.
     assert_eq!(server.complete(&json!({"prompt": "a", "max_tokens": 2})).0, 200);
+}
+
+#[test]
+fn a_text_at_the_end_of_its_context_is_over_and_holds_up_nobody() {
+    let base = decoder().with_attention(None);
+    let limit = base.context_limit().unwrap();
+    let server = Server::with_model(base, Limits::default());
+    let prompt = "a".repeat(limit - 5);
+    std::thread::scope(|scope| {
+        let ask = |prompt: String, tokens: usize| {
+            let (server, request) = (&server, json!({"prompt": prompt, "max_tokens": tokens, "temperature": 0}));
+            scope.spawn(move || server.complete(&request))
+        };
+        let (long, short) = (ask(prompt, 50), ask("b".into(), 50));
+        let (status, answer) = long.join().unwrap();
+        assert_eq!((status, &answer["choices"][0]["finish_reason"]), (200, &json!("length")), "{answer}");
+        assert_eq!(answer["usage"]["completion_tokens"], json!(6));
+        let (status, answer) = short.join().unwrap();
+        assert_eq!((status, &answer["usage"]["completion_tokens"]), (200, &json!(50)), "{answer}");
+    });
+    let (status, answer) = server.complete(&json!({"prompt": "a".repeat(limit + 1)}));
+    assert!(status == 400 && answer["error"]["message"].as_str().unwrap().contains("context"), "{answer}");
 }
 
 #[test]
