@@ -132,7 +132,7 @@ fn written(
     let (prompts, right): (Vec<String>, Vec<String>) = items.iter().map(of).unzip();
     let (strings, max_tokens) = task.writing();
     let until = Until { strings, ids: around.last, max_tokens };
-    let texts = generate_until(subject, around.tokenizer, &prompts, &until, cache, tell)?;
+    let (texts, cut) = generate_until(subject, around.tokenizer, &prompts, &until, cache, tell)?;
     let found: Vec<String> = texts
         .into_iter()
         .map(|text| match &extraction {
@@ -144,7 +144,7 @@ fn written(
     let (value, standard_error) = share(matches, items.len());
     let scores = vec![Score { metric: Metric::ExactMatch.name().into(), value, standard_error }];
     let answers = found.into_iter().map(Answer::Text).collect();
-    Ok(TaskScores { task: task.name.clone(), items: items.len(), cut: 0, scores, answers })
+    Ok(TaskScores { task: task.name.clone(), items: items.len(), cut, scores, answers })
 }
 
 /// The mean of zeros and ones, and its standard error with the sample's variance (n - 1).

@@ -17,8 +17,8 @@ pub struct Until<'a> {
     pub max_tokens: usize,
 }
 
-/// What the model writes after each prompt. A prompt that does not fit loses its beginning. `tell(prompts done)` is called
-/// as it goes.
+/// What the model writes after each prompt, and how many prompts did not fit and lost their beginning.
+/// `tell(prompts done)` is called as it goes.
 ///
 /// # Errors
 /// If the device or the tokenizer fails, or the cache cannot be written.
@@ -29,9 +29,13 @@ pub fn generate_until(
     until: &Until<'_>,
     mut cache: Option<&mut Cache>,
     tell: &mut dyn FnMut(usize),
-) -> Result<Vec<String>> {
+) -> Result<(Vec<String>, usize)> {
     // The same prompt with another end is another request.
     let request = |prompt: &str| format!("{}\u{0}{}\u{0}{prompt}", until.max_tokens, until.strings.join("\u{0}"));
+    let room = room(subject, until);
+    let encoded = prompts.iter().map(|prompt| tokenizer.encode(prompt, true)).collect::<Result<Vec<_>>>()?;
+    let cut = encoded.iter().filter(|ids| ids.len() > room).count();
+    let encoded: Vec<&[u32]> = encoded.iter().map(|ids| &ids[ids.len().saturating_sub(room)..]).collect();
     let mut written = vec![None; prompts.len()];
     for (text, prompt) in written.iter_mut().zip(prompts) {
         *text = cache.as_ref().and_then(|cache| cache.text(&request(prompt))).map(str::to_owned);
@@ -39,7 +43,7 @@ pub fn generate_until(
     let open: Vec<usize> = (0..prompts.len()).filter(|&i| written[i].is_none()).collect();
     let mut done = prompts.len() - open.len();
     for batch in open.chunks(SLOTS) {
-        let texts = write_batch(subject, tokenizer, batch.iter().map(|&i| prompts[i].as_str()), until)?;
+        let texts = write_batch(subject, tokenizer, &batch.iter().map(|&i| encoded[i]).collect::<Vec<_>>(), until)?;
         for (&i, text) in batch.iter().zip(texts) {
             if let Some(cache) = cache.as_deref_mut() {
                 cache.keep_text(&request(&prompts[i]), &text)?;
@@ -49,26 +53,24 @@ pub fn generate_until(
         done += batch.len();
         tell(done);
     }
-    Ok(written.into_iter().map(Option::unwrap_or_default).collect())
+    Ok((written.into_iter().map(Option::unwrap_or_default).collect(), cut))
 }
 
-fn write_batch<'a>(
+/// Tokens of a prompt that leave place for what is written.
+fn room(subject: &Subject<'_>, until: &Until<'_>) -> usize {
+    let limit = subject.decoder.context_limit();
+    limit.map_or(usize::MAX, |limit| limit.saturating_sub(until.max_tokens).max(1))
+}
+
+fn write_batch(
     subject: &Subject<'_>,
     tokenizer: &Tokenizer,
-    prompts: impl ExactSizeIterator<Item = &'a str>,
+    prompts: &[&[u32]],
     until: &Until<'_>,
 ) -> Result<Vec<String>> {
-    let room = subject.decoder.context_limit();
-    let room = room.map_or(usize::MAX, |limit| limit.saturating_sub(until.max_tokens).max(1));
-    let mut encoded = Vec::with_capacity(prompts.len());
-    for prompt in prompts {
-        let ids = tokenizer.encode(prompt, true)?;
-        encoded.push(ids[ids.len().saturating_sub(room)..].to_vec());
-    }
-    let mut ids: Vec<Vec<u32>> = vec![Vec::new(); encoded.len()];
-    let mut texts = vec![String::new(); encoded.len()];
-    let encoded: Vec<&[u32]> = encoded.iter().map(Vec::as_slice).collect();
-    write_greedily(subject, &encoded, &mut |slot, id| {
+    let mut ids: Vec<Vec<u32>> = vec![Vec::new(); prompts.len()];
+    let mut texts = vec![String::new(); prompts.len()];
+    write_greedily(subject, prompts, &mut |slot, id| {
         if until.ids.contains(&id) {
             return Ok(false);
         }

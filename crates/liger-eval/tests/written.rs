@@ -223,3 +223,27 @@ fn a_model_agrees_with_itself() {
     assert!(found[1].until_first_difference < found[0].until_first_difference);
     assert!(greedy_agreement(&subject(&own), &[subject(&own)], &texts, 64).unwrap()[0].texts == 0);
 }
+
+#[test]
+fn what_does_not_fit_loses_its_beginning_and_is_counted() {
+    // The harness: the last `limit + 1` tokens of context and continuation, of which the last is only predicted.
+    let base = decoder(0).with_attention(None);
+    let limit = base.context_limit().unwrap();
+    let long: Vec<u32> = (0..limit as u32 + 40).map(|i| i * 7 % 250).collect();
+    let request = |context: &[u32]| Request { context: context.to_vec(), continuation: vec![3, 5] };
+    let fits = &long[long.len() + 1 - limit..];
+    let scores = loglikelihood(&subject(&base), &[request(&long), request(fits)], None, &mut |_| {}).unwrap();
+    assert_eq!((scores[0].cut, scores[1].cut), (true, false));
+    assert!((scores[0].log - scores[1].log).abs() < 1e-4, "{} {}", scores[0].log, scores[1].log);
+
+    let folder = tempfile::tempdir().unwrap();
+    let records = [limit + 9, 5].map(|n| serde_json::json!({"q": "a".repeat(n), "a": "b"}).to_string() + "\n");
+    std::fs::write(folder.path().join("x.jsonl"), records.concat()).unwrap();
+    let task = "kind = \"answer\"\ndata = \"x\"\ncontext = \"{{ q }}\"\nanswer = \"{{ a }}\"\nmax_tokens = 4\n\
+                metrics = [\"exact_match\"]\n";
+    let task = Task::parse(task, Path::new("long.toml")).unwrap();
+    let items = task.items(folder.path(), usize::MAX).unwrap();
+    let bytes = Tokenizer::bytes();
+    let around = Surroundings { tokenizer: &bytes, first: 0, last: &[] };
+    assert_eq!(evaluate(&subject(&base), &around, &task, &items, None, &mut |_| {}).unwrap().cut, 1);
+}
