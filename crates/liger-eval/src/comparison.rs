@@ -195,11 +195,14 @@ fn greedy(blocks: &mut Vec<Block>, run: &EvaluationRun) {
     blocks.push(Block::Table(table));
 }
 
+/// The models of all runs that have something to show; `None` if none has.
+fn models_with(runs: &[EvaluationRun], has: impl Fn(&ModelScores) -> bool) -> Option<Vec<&ModelScores>> {
+    let models: Vec<&ModelScores> = runs.iter().flat_map(|run| &run.models).filter(|model| has(model)).collect();
+    (!models.is_empty()).then_some(models)
+}
+
 fn recall(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
-    let models: Vec<&ModelScores> = runs.iter().flat_map(|run| &run.models).filter(|m| !m.recall.is_empty()).collect();
-    if models.is_empty() {
-        return;
-    }
+    let Some(models) = models_with(runs, |m| !m.recall.is_empty()) else { return };
     let lengths = lengths(&models);
     let rows = models.iter().flat_map(|model| {
         let lengths = &lengths;
@@ -239,10 +242,7 @@ fn recall(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
 }
 
 fn costs(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
-    let models: Vec<&ModelScores> = runs.iter().flat_map(|run| &run.models).filter(|m| !m.costs.is_empty()).collect();
-    if models.is_empty() {
-        return;
-    }
+    let Some(models) = models_with(runs, |m| !m.costs.is_empty()) else { return };
     blocks.push(Block::Heading("Time and memory of a token".into()));
     let lines: Vec<(&str, &[crate::StepCost])> = models.iter().map(|m| (m.name.as_str(), m.costs.as_slice())).collect();
     plot(blocks, "memory", memory_plot(&lines));
@@ -272,11 +272,7 @@ fn costs(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
 }
 
 fn branches(blocks: &mut Vec<Block>, runs: &[EvaluationRun]) {
-    let models: Vec<&ModelScores> =
-        runs.iter().flat_map(|run| &run.models).filter(|m| m.branches.iter().any(|b| b.recurrent > 0.0)).collect();
-    if models.is_empty() {
-        return;
-    }
+    let Some(models) = models_with(runs, |m| m.branches.iter().any(|b| b.recurrent > 0.0)) else { return };
     blocks.push(Block::Heading("What each branch does".into()));
     let ratio = models.iter().map(|m| Line {
         name: m.name.clone(),

@@ -278,7 +278,7 @@ fn score(args: &Args, work: &Work, text: Option<&Text>, candidates: &[Candidate<
     Ok(EvaluationRun {
         liger_eval: 1,
         command: std::env::args().collect::<Vec<_>>().join(" "),
-        machine: format!("{}, {}, liger {}", ops.describe(), precision(args), env!("CARGO_PKG_VERSION")),
+        machine: format!("{}, {} weights, liger {}", ops.describe(), precision(args), env!("CARGO_PKG_VERSION")),
         limit: args.limit,
         models,
         long_text,
