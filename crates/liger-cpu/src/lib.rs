@@ -28,7 +28,7 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks::row_range;
 use liger_tensor::{
-    AdamwParameter, AdamwStep, AttentionSpec, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
     RecurrenceGradients, Result, Sequences, Storage, Tensor,
 };
 
@@ -187,32 +187,32 @@ impl Ops for Cpu {
     fn attention_forward(
         &self,
         out: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
+        inputs: Attention<'_>,
         cache: Option<&mut KeyValueCache>,
         _statistics: Option<&mut Tensor>,
     ) -> Result<()> {
-        attention::forward(out, q, k, v, sequences, spec, cache)
+        attention::forward(out, inputs, cache)
     }
 
     fn attention_backward(
         &self,
-        dq: &mut Tensor,
-        dk: &mut Tensor,
-        dv: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        gradients: AttentionGradients<'_>,
+        inputs: Attention<'_>,
         _out: &Tensor,
         _statistics: Option<&Tensor>,
         dout: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
     ) -> Result<()> {
-        attention::backward(dq, dk, dv, q, k, v, dout, sequences, spec)
+        attention::backward(gradients, inputs, dout)
+    }
+
+    fn key_novelty(
+        &self,
+        scores: &mut Tensor,
+        k: &Tensor,
+        sequences: &Sequences,
+        state: Option<&mut Tensor>,
+    ) -> Result<()> {
+        attention::novelty(scores, k, sequences, state)
     }
 
     fn features_forward(

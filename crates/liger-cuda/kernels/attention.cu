@@ -1,10 +1,11 @@
-// Softmax attention over everything before, or over a window and the first tokens of the text ("sinks").
+// Softmax attention over everything before, or over a window and the first tokens of the text ("sinks"), or with KEPT over a
+// window that moves in stretches of its own size and over the keys that slots hold (kept.cu).
 //
 // One block takes 64 rows, that is tokens times the query heads of one key/value head, and walks over the keys that any
 // of them sees, FORWARD_KEYS at a time (a window of 64 and four sinks in one go), with a running maximum and sum. The backward has one kernel over rows (dq) and one over
 // keys (dk, dv), so that every element is written by one block and the result does not depend on timing.
 
-// DIM and GROUP (query heads of a key/value head) are fixed when the kernels are compiled.
+// DIM, GROUP (query heads of a key/value head) and KEPT are fixed when the kernels are compiled.
 #define ROWS 64
 #define KEYS 64
 #define FORWARD_KEYS 96
@@ -28,6 +29,8 @@ struct AttentionSizes {
     int cache_rows;  // 0 without a cache
     int ring;        // whether the cache is a ring after the sinks
     float scale;
+    int slots;       // KEPT: rows of the cache before the ring
+    int per_block;   // KEPT: tokens of a block at most; none goes across the border of two stretches
 };
 
 struct BlockInfo {
@@ -35,24 +38,69 @@ struct BlockInfo {
     int first;                       // first token (or key) of this block, counted in the sequence
 };
 
-// The keys that tokens from..to of a text see: `sinks` first ones from `oldest`, then those from `low`.
-struct Visible {
-    int oldest, low, sinks, count;
-    __device__ Visible(const AttentionSizes& s, int oldest_, int from, int to) {
-        oldest = oldest_;
-        low = s.window == EVERYTHING ? oldest : max(from + 1 - s.window, oldest);
-        sinks = max(min(s.sinks, low) - oldest, 0);
-        count = sinks + to - low;
-    }
-    __device__ int position(int i) const { return i < sinks ? oldest + i : low + i - sinks; }
-};
-
-__device__ __forceinline__ bool sees(const AttentionSizes& s, int row, int key) {
-    return key <= row && (row - key < s.window || key < s.sinks);
+#if KEPT
+__device__ __forceinline__ int cache_row(const AttentionSizes& s, int position) {
+    return s.slots + position % (2 * s.window);
 }
 
+__device__ __forceinline__ bool in_window(const AttentionSizes& s, int row, int key) {
+    return key <= row && row / s.window - key / s.window <= 1;
+}
+
+// What the slots hold for the stretch of a block; see kept.cuh.
+__device__ __forceinline__ const int* list_of(const int* lists, int stretch, int head, const AttentionSizes& s) {
+    return lists + (static_cast<long long>(stretch) * s.kv + head) * s.slots;
+}
+#else
 __device__ __forceinline__ int cache_row(const AttentionSizes& s, int position) {
     return s.ring && position >= s.sinks ? s.sinks + (position - s.sinks) % s.window : position;
+}
+
+__device__ __forceinline__ bool in_window(const AttentionSizes& s, int row, int key) {
+    return key <= row && row - key < s.window;
+}
+#endif
+
+// The keys that tokens from..to of a text see: first sinks from `oldest`, or what slots hold, then those from `low`.
+struct Visible {
+    int oldest, low, first, count;
+    const int* list;
+    __device__ Visible(const AttentionSizes& s, int oldest_, int from, int to, const int* list_) {
+        oldest = oldest_, list = list_;
+#if KEPT
+        low = max(from / s.window - 1, 0) * s.window;
+        first = filled_slots(from, s.window, s.slots);
+#else
+        low = s.window == EVERYTHING ? oldest : max(from + 1 - s.window, oldest);
+        first = max(min(s.sinks, low) - oldest, 0);
+#endif
+        count = first + to - low;
+    }
+    __device__ int position(int i) const { return i < first ? oldest + i : low + i - first; }
+    // Row in the sequence, or -2 - row in the cache.
+    __device__ int place(const AttentionSizes& s, const BlockInfo& b, int i) const {
+#if KEPT
+        if (i < first) return list[i];
+#endif
+        int at = position(i), t = at - b.position;
+        return t >= 0 ? t : -2 - cache_row(s, at);
+    }
+    __device__ bool sees(const AttentionSizes& s, int row, int i) const {
+#if KEPT
+        return i < first || (i < count && position(i) <= row);
+#else
+        int key = position(i);
+        return i < count && (in_window(s, row, key) || (key <= row && key < s.sinks));
+#endif
+    }
+};
+
+__device__ __forceinline__ int tokens_of(const BlockInfo& b, const AttentionSizes& s) {
+#if KEPT
+    return min(min(s.per_block, b.len - b.first), s.window - (b.position + b.first) % s.window);
+#else
+    return min(TOKENS, b.len - b.first);
+#endif
 }
 
 // Row of [N, H] that query row r = (token, head of the group) of a block is.
@@ -68,6 +116,12 @@ __device__ __forceinline__ void fetch_queries(elem* tile, const act* x, const Bl
         tile, [&](int r) { return r / GROUP < tokens ? x + row_of(b, s, head, first, r) * DIM : nullptr; });
 }
 
+#if KEPT
+#define LIST list_of(lists, stretches[blockIdx.x], head, s)
+#else
+#define LIST nullptr
+#endif
+
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -82,11 +136,12 @@ __device__ __forceinline__ float quad_sum(float x) {
 // its registers. Grid (blocks, K).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_forward(act* out, float* lse, const act* q, const act* k, const act* v, const act* cached_k,
-                      const act* cached_v, const BlockInfo* blocks, AttentionSizes s) {
+                      const act* cached_v, const BlockInfo* blocks, const int* lists, const int* stretches,
+                      AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
     int head = blockIdx.y;
-    int tokens = min(TOKENS, b.len - b.first), from = b.position + b.first;
-    Visible visible(s, s.cache_rows > 0 ? 0 : b.position, from, from + tokens);
+    int tokens = tokens_of(b, s), from = b.position + b.first;
+    Visible visible(s, s.cache_rows > 0 ? 0 : b.position, from, from + tokens, LIST);
     Carver carve;
     elem* qt = carve.tile(ROWS, WIDTH);
     elem* kt = carve.tile(FORWARD_KEYS, WIDTH);
@@ -99,9 +154,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         __syncthreads();
         auto key_row = [&](const act* fresh, const act* cached, int j) -> const act* {
             if (first + j >= visible.count) return nullptr;
-            int position = visible.position(first + j), t = position - b.position;
-            if (t >= 0) return fresh + (static_cast<long long>(b.start + t) * s.kv + head) * DIM;
-            return cached + ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * DIM;
+            int place = visible.place(s, b, first + j);
+            if (place >= 0) return fresh + (static_cast<long long>(b.start + place) * s.kv + head) * DIM;
+            return cached + ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows - 2 - place) * DIM;
         };
         fetch_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, cached_k, j); });
         fetch_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
@@ -116,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int j = first + 8 * n + 2 * quad + (i & 1);
-                bool there = j < visible.count && sees(s, from + rows[i >> 1] / GROUP, visible.position(j));
+                bool there = visible.sees(s, from + rows[i >> 1] / GROUP, j);
                 scores[n][i] = there ? scores[n][i] * s.scale : NEGATIVE_INFINITY;
                 top[i >> 1] = fmaxf(top[i >> 1], scores[n][i]);
             }
@@ -183,11 +238,12 @@ extern "C" __global__ void attention_inner(float* inner, const act* out, const a
 // sinks; at most 16. Grid (blocks, K).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_backward_rows(act* dq, float* parts, const act* q, const act* k, const act* v, const act* dout,
-                            const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
+                            const float* lse, const float* inner, const BlockInfo* blocks, const int* lists,
+                            const int* stretches, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
     int head = blockIdx.y;
-    int tokens = min(TOKENS, b.len - b.first), from = b.position + b.first;
-    Visible visible(s, b.position, from, from + tokens);
+    int tokens = tokens_of(b, s), from = b.position + b.first;
+    Visible visible(s, b.position, from, from + tokens, LIST);
     Carver carve;
     elem* qt = carve.tile(ROWS, WIDTH);
     elem* dot = carve.tile(ROWS, WIDTH);
@@ -210,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     auto fetch_keys = [&](int first, int half) {
         auto key_row = [&](const act* x, int j) -> const act* {
             if (first + j >= visible.count) return nullptr;
-            return x + (static_cast<long long>(b.start + visible.position(first + j) - b.position) * s.kv + head) * DIM;
+            return x + (static_cast<long long>(b.start + visible.place(s, b, first + j)) * s.kv + head) * DIM;
         };
         fetch_tile<QUERIES, WIDTH, DIM, THREADS>(keys + half * QUERIES * LD, [&](int j) { return key_row(k, j); });
         fetch_tile<QUERIES, WIDTH, DIM, THREADS>(values + half * QUERIES * LD, [&](int j) { return key_row(v, j); });
@@ -231,9 +287,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int j = first + 8 * n + 2 * quad + (i & 1), t = rows[i >> 1] / GROUP;
-                bool there = t < tokens && j < visible.count && sees(s, from + t, visible.position(j));
+                bool there = t < tokens && visible.sees(s, from + t, j);
                 p[n][i] = there ? __expf(p[n][i] * s.scale - row_lse[i >> 1]) : 0.0f;
                 ds[n][i] = p[n][i] * (ds[n][i] - row_inner[i >> 1]) * s.scale;
+#if !KEPT
                 // Sinks that the row's window does not reach: their gradients are this kernel's. The key of a sink is
                 // number `position - oldest` of those visible.
                 if (first == 0 && n < 2) {
@@ -243,6 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     p_sinks[at] = from_float<elem>(sink ? p[n][i] : 0.0f);
                     ds_sinks[at] = from_float<elem>(sink ? ds[n][i] : 0.0f);
                 }
+#endif
             }
         }
         product_of_sums(acc, ds, kt, LD);
@@ -275,31 +333,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
 }
 
-// dk, dv of what the window reaches (of everything without one). A warp has 16 keys; scores are taken transposed, so that
-// they can be the left factor of both gradients. Grid (blocks of KEYS keys, K).
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
-    attention_backward_keys(act* dk, act* dv, const act* q, const act* k, const act* v, const act* dout,
-                            const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
+// Keys and values at work, their gradients' sums, and rows that come by. A warp has 16 keys; scores are taken transposed, so
+// that they can be the left factor of both gradients. `key_row(x, j)` is where key j begins, or null; `sees(token, key)` says
+// whether a token of the sequence sees a key of the block; `store(key, d, sums of k and v)` takes two columns.
+template <class KeyRow, class Sees, class Skips, class Store>
+__device__ __forceinline__ void gradients_of_keys(const act* q, const act* k, const act* v, const act* dout, const float* lse,
+                                                  const float* inner, const BlockInfo& b, int head, const AttentionSizes& s,
+                                                  int from, int last, KeyRow key_row, Sees sees, Skips skips, Store store) {
     __shared__ float all_lse[2][QUERIES], all_inner[2][QUERIES];
-    BlockInfo b = blocks[blockIdx.x];
-    int head = blockIdx.y;
-    int count = min(KEYS, b.len - b.first);
     constexpr int PER_LOAD = QUERIES >= GROUP ? QUERIES / GROUP : 1;
     Carver carve;
     elem* kt = carve.tile(KEYS, WIDTH);
     elem* vt = carve.tile(KEYS, WIDTH);
     elem* queries = carve.tile(2 * QUERIES, WIDTH);  // those at work, and the next ones on their way
     elem* gradients = carve.tile(2 * QUERIES, WIDTH);
-    auto key_row = [&](const act* x, int j) -> const act* {
-        return j < count ? x + (static_cast<long long>(b.start + b.first + j) * s.kv + head) * DIM : nullptr;
-    };
     fetch_tile<KEYS, WIDTH, DIM, THREADS>(kt, [&](int j) { return key_row(k, j); });
     fetch_tile<KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, j); });
     int group = LANE >> 2, quad = LANE & 3, keys[2] = {WARP * 16 + group, WARP * 16 + group + 8};
     float acc_k[WIDTH / 8][4], acc_v[WIDTH / 8][4];
     set_zero(acc_k);
     set_zero(acc_v);
-    int last = s.window == EVERYTHING ? b.len : min(b.len, b.first + count - 1 + s.window);
     auto fetch_rows = [&](int first, int half) {
         int tokens = min(PER_LOAD, last - first);
         fetch_queries<QUERIES>(queries + half * QUERIES * LD, q, b, first, tokens, head, s);
@@ -311,15 +364,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
             fetch_float(&all_inner[half][threadIdx.x], inside ? inner + at : nullptr);
         }
     };
-    fetch_rows(b.first, 0);
-    for (int first = b.first, half = 0; first < last; first += PER_LOAD, half ^= 1) {
+    fetch_rows(from, 0);
+    for (int first = from, half = 0; first < last; first += PER_LOAD, half ^= 1) {
         int tokens = min(PER_LOAD, last - first);
         wait_for_tiles();
         __syncthreads();
         if (first + PER_LOAD < last) fetch_rows(first + PER_LOAD, half ^ 1);
-        // No pair of these rows with the warp's keys is seen.
-        int nearest = first + tokens - 1 - b.first - WARP * 16, farthest = first - b.first - WARP * 16 - 15;
-        if (nearest < 0 || farthest >= s.window) continue;
+        if (skips(first, tokens)) continue;
         const elem *qt = queries + half * QUERIES * LD, *dot = gradients + half * QUERIES * LD;
         const float *row_lse = all_lse[half], *row_inner = all_inner[half];
         float p[QUERIES / 8][4], ds[QUERIES / 8][4];
@@ -331,8 +382,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
         for (int n = 0; n < QUERIES / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int r = 8 * n + 2 * quad + (i & 1), t = r / GROUP, key = b.first + keys[i >> 1], distance = first + t - key;
-                bool there = t < tokens && keys[i >> 1] < count && distance >= 0 && distance < s.window;
+                int r = 8 * n + 2 * quad + (i & 1), t = r / GROUP;
+                bool there = t < tokens && sees(first + t, keys[i >> 1]);
                 p[n][i] = there ? __expf(p[n][i] * s.scale - row_lse[r]) : 0.0f;
                 ds[n][i] = p[n][i] * (ds[n][i] - row_inner[r]) * s.scale;
             }
@@ -342,18 +393,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        if (keys[i] >= count) continue;
-        long long at = (static_cast<long long>(b.start + b.first + keys[i]) * s.kv + head) * DIM;
 #pragma unroll
         for (int n = 0; n < WIDTH / 8; n++) {
             int d = 8 * n + 2 * quad;
-            if (d < DIM) {
-                store2(dk + at + d, acc_k[n][2 * i], acc_k[n][2 * i + 1]);
-                store2(dv + at + d, acc_v[n][2 * i], acc_v[n][2 * i + 1]);
-            }
+            if (d < DIM) store(keys[i], d, acc_k[n][2 * i], acc_k[n][2 * i + 1], acc_v[n][2 * i], acc_v[n][2 * i + 1]);
         }
     }
 }
+
+// dk, dv of what the window reaches (of everything without one). Grid (blocks of KEYS keys, K).
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
+    attention_backward_keys(act* dk, act* dv, const act* q, const act* k, const act* v, const act* dout,
+                            const float* lse, const float* inner, const BlockInfo* blocks, AttentionSizes s) {
+    BlockInfo b = blocks[blockIdx.x];
+    int head = blockIdx.y, count = min(KEYS, b.len - b.first);
+#if KEPT
+    int reach = 2 * s.window, last = min(b.len, ((b.first + count - 1) / s.window + 2) * s.window);
+#else
+    int reach = s.window, last = s.window == EVERYTHING ? b.len : min(b.len, b.first + count - 1 + s.window);
+#endif
+    auto at = [&](int key) { return (static_cast<long long>(b.start + b.first + key) * s.kv + head) * DIM; };
+    gradients_of_keys(
+        q, k, v, dout, lse, inner, b, head, s, b.first, last,
+        [&](const act* x, int j) -> const act* { return j < count ? x + at(j) : nullptr; },
+        [&](int token, int key) { return key < count && in_window(s, token, b.first + key); },
+        [&](int first, int tokens) {
+            // No pair of these rows with the warp's keys is seen.
+            int nearest = first + tokens - 1 - b.first - WARP * 16, farthest = first - b.first - WARP * 16 - 15;
+            return nearest < 0 || farthest >= reach;
+        },
+        [&](int key, int d, float k0, float k1, float v0, float v1) {
+            if (key >= count) return;
+            store2(dk + at(key) + d, k0, k1);
+            store2(dv + at(key) + d, v0, v1);
+        });
+}
+
+#if KEPT
+// What the queries of each stretch give to the gradients of what the slots hold: parts [stretches, K, 2, slots, D] (dk, dv).
+// Grid (stretches, K, blocks of KEYS slots).
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
+    attention_backward_slots(float* parts, const act* q, const act* k, const act* v, const act* dout, const float* lse,
+                             const float* inner, const BlockInfo* blocks, const int* lists, AttentionSizes s) {
+    BlockInfo b = blocks[blockIdx.x];
+    int head = blockIdx.y, offset = blockIdx.z * KEYS, count = filled_slots(b.first, s.window, s.slots) - offset;
+    if (count <= 0) return;
+    const int* list = list_of(lists, blockIdx.x, head, s) + offset;
+    float* part = parts + ((static_cast<long long>(blockIdx.x) * s.kv + head) * 2 * s.slots + offset) * DIM;
+    gradients_of_keys(
+        q, k, v, dout, lse, inner, b, head, s, b.first, min(b.len, b.first + s.window),
+        [&](const act* x, int j) -> const act* {
+            return j < count ? x + (static_cast<long long>(b.start + list[j]) * s.kv + head) * DIM : nullptr;
+        },
+        [&](int, int key) { return key < count; }, [](int, int) { return false; },
+        [&](int key, int d, float k0, float k1, float v0, float v1) {
+            if (key >= count) return;
+            float *to_k = part + key * DIM + d, *to_v = to_k + s.slots * DIM;
+            to_k[0] = k0, to_k[1] = k1, to_v[0] = v0, to_v[1] = v1;
+        });
+}
+#endif
 
 // Adds the parts of the sinks' gradients, one from each of a text's blocks. SHARES groups of DIM threads look at every
 // SHARES-th block. Grid (sequences, K * sinks).
@@ -383,12 +482,20 @@ extern "C" __global__ void __launch_bounds__(1024)
 }
 
 // Puts new keys and values [N, K, D] into a cache; of more than the ring holds, only the last stay. Grid (N, 1).
-extern "C" __global__ void cache_insert(act* cached_k, act* cached_v, const act* k, const act* v, const BlockInfo* rows,
-                                        AttentionSizes s) {
+extern "C" __global__ void cache_insert(act* cached_k, act* cached_v, float* cached_scores, const act* k, const act* v,
+                                        const float* scores, const BlockInfo* rows, AttentionSizes s) {
     // `first` is the row's place in its sequence.
     BlockInfo b = rows[blockIdx.x];
     int position = b.position + b.first;
+#if KEPT
+    if (!in_window(s, b.position + b.len - 1, position)) return;
+    if (threadIdx.x < s.kv) {
+        long long to = (static_cast<long long>(b.slot) * s.kv + threadIdx.x) * s.cache_rows + cache_row(s, position);
+        cached_scores[to] = scores[static_cast<long long>(b.start + b.first) * s.kv + threadIdx.x];
+    }
+#else
     if (s.ring && position >= s.sinks && b.len - b.first > s.window) return;
+#endif
     for (int i = threadIdx.x; i < s.kv * DIM; i += blockDim.x) {
         int head = i / DIM, d = i % DIM;
         long long to = ((static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows + cache_row(s, position)) * DIM + d;
@@ -420,8 +527,12 @@ extern "C" __global__ void __launch_bounds__(256)
     int slices = (GROUP + STEP_HEADS - 1) / STEP_HEADS;
     int head = blockIdx.y / slices, first_g = blockIdx.y % slices * STEP_HEADS;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#if KEPT
+    int valid = s.cache_rows;
+#else
     int valid = b.position + 1;
     if (s.ring) valid = min(valid, s.sinks + s.window);
+#endif
     int begin = blockIdx.x * per_split, end = min(valid, begin + per_split);
     float query[STEP_HEADS][STEP_DIMS], acc[STEP_HEADS][STEP_DIMS], best[STEP_HEADS], sum[STEP_HEADS];
 #pragma unroll
@@ -437,6 +548,9 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     long long base = (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows;
     for (int j = begin + warp; j < end; j += 8) {
+#if KEPT
+        if (!row_in_use(b.position, j, s.window, s.slots)) continue;
+#endif
         const act* key = cached_k + (base + j) * DIM;
         const act* value = cached_v + (base + j) * DIM;
         float kd[STEP_DIMS], vd[STEP_DIMS];

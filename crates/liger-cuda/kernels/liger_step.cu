@@ -14,6 +14,7 @@
 struct StepSizes {
     int heads, kv, texts;
     int window, sinks, cache_rows;
+    int kept_slots;  // rows of the cache before a ring of two windows, where keys are kept; else 0
     int query_map, key_map, gate;
     float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
@@ -120,8 +121,9 @@ template <int ROWS, int COLUMNS> struct StatePart {
     }
 };
 
-// Rows of the cache are as in attention.cu: the sinks, then a ring over the window.
+// Rows of the cache are as in attention.cu: the sinks, then a ring over the window; or slots, then a ring of two windows.
 __device__ __forceinline__ int cache_row(const StepSizes& s, int position) {
+    if (s.kept_slots > 0) return s.kept_slots + position % (2 * s.window);
     return position < s.sinks ? position : s.sinks + (position - s.sinks) % s.window;
 }
 
@@ -132,6 +134,48 @@ __device__ __forceinline__ void fetch_rows(act* to, const act* from, int rows) {
         u32 at = static_cast<u32>(__cvta_generic_to_shared(to + i / PER_ROW * ROW + i % PER_ROW * 8));
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from + i * 8) : "memory");
     }
+}
+
+// Keys of one head that stay: when a stretch begins, the slots take in the one before the last, whose rows of the ring are
+// about to be written over. `shared` has 12 bytes for each slot and each token of a window.
+__device__ __forceinline__ void keep(act* keys, act* values, float* cached_scores, void* shared, int position,
+                                     const StepSizes& s) {
+    if (position % s.window != 0 || position < 2 * s.window) return;
+    int slots = s.kept_slots, window = s.window;
+    float* scores = static_cast<float*>(shared);
+    float* new_scores = scores + slots;
+    int* held = reinterpret_cast<int*>(new_scores + window);
+    int* fresh = held + slots;
+    int taken = position / window - 2, filled = min(slots, taken * window), ring = slots + taken % 2 * window;
+    for (int i = threadIdx.x; i < slots; i += THREADS) {
+        held[i] = EMPTY, scores[i] = i < filled ? cached_scores[i] : NEGATIVE_INFINITY;
+    }
+    for (int j = threadIdx.x; j < window; j += THREADS) {
+        fresh[j] = j, new_scores[j] = taken * window + j < s.sinks ? -NEGATIVE_INFINITY : cached_scores[ring + j];
+    }
+    take_in(scores, held, slots, new_scores, fresh, window, fresh + window);
+    for (int i = threadIdx.x; i < slots * DIM; i += THREADS) {
+        int slot = i / DIM, from = (ring + held[slot]) * DIM + i % DIM;
+        if (held[slot] != EMPTY) keys[i] = keys[from], values[i] = values[from];
+    }
+    for (int i = threadIdx.x; i < slots; i += THREADS) {
+        if (held[i] != EMPTY) cached_scores[i] = scores[i];
+    }
+    __syncthreads();
+}
+
+// The score of a key by one warp, as key_scores of kept.cu has it; its direction is added to the sum of all.
+__device__ __forceinline__ float novelty(const float* k, float* sum) {
+    float norm = 0.0f, along = 0.0f, length = 0.0f;
+    for (int d = threadIdx.x & 31; d < DIM; d += 32) norm += k[d] * k[d];
+    norm = warp_sum(norm);
+    float scale = norm > 0.0f ? rsqrtf(norm) : 0.0f;
+    for (int d = threadIdx.x & 31; d < DIM; d += 32) {
+        float now = sum[d] + scale * k[d];
+        sum[d] = now, along += now * k[d], length += now * now;
+    }
+    along = warp_sum(along), length = warp_sum(length) * norm;
+    return length > 0.0f ? -along * rsqrtf(length) : 0.0f;
 }
 
 // RMS norm of a head by one warp (Qwen3).
@@ -147,8 +191,8 @@ __device__ __forceinline__ void norm_head(float* x, const float* weight, float e
 // Grid (K, texts).
 extern "C" __global__ void __launch_bounds__(THREADS)
     liger_step(act* mixed, const act* q, const act* k, const act* v, const float* q_norm, const float* k_norm,
-               const float* frequencies, act* cached_k, act* cached_v, float* first_state, float* second_state,
-               const int* tokens, StepSizes s) {
+               const float* frequencies, act* cached_k, act* cached_v, float* cached_scores, float* first_state,
+               float* second_state, float* key_sum, const int* tokens, StepSizes s) {
     extern __shared__ uint4 shared_memory[];
     StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
     float* scores = reinterpret_cast<float*>(&m + 1);                              // [GROUP, cache_rows]
@@ -157,8 +201,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
     long long place = static_cast<long long>(slot) * s.kv + head;
-    int own = cache_row(s, position), rows = min(position + 1, s.sinks + s.window);
+    int own = cache_row(s, position), rows = s.kept_slots > 0 ? s.cache_rows : min(position + 1, s.sinks + s.window);
     cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
+    if (s.kept_slots > 0) {
+        cached_scores += place * s.cache_rows, key_sum += place * DIM;
+        keep(cached_k, cached_v, cached_scores, keys, position, s);
+    }
     fetch_rows(keys, cached_k, rows);
     fetch_rows(values, cached_v, rows);
 #if SLOTS > 0
@@ -211,6 +259,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             values[own * ROW + d] = cached_v[own * DIM + d] = new_value;
         }
     }
+    if (s.kept_slots > 0 && warp == 0) {
+        float score = novelty(m.k, key_sum);
+        if (lane == 0) cached_scores[own] = score;
+    }
     // Feature maps beside it.
     if (s.alpha != 0.0f) {
 #if SLOTS > 0
@@ -241,7 +293,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             float4 x = load4(keys + j * ROW + d), y = load4(&m.rope_q[g][d]);
             sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
         }
-        scores[g * s.cache_rows + j] = sum;
+        bool seen = s.kept_slots == 0 || row_in_use(position, j, s.window, s.kept_slots);
+        scores[g * s.cache_rows + j] = seen ? sum : NEGATIVE_INFINITY;
     }
     __syncthreads();
     for (int g = warp; g < GROUP; g += THREADS / 32) {

@@ -1,10 +1,13 @@
 //! Softmax attention: sizes and blocks for `kernels/attention.cu`, and the key/value cache.
 
-use liger_tensor::checks::{Heads, grown_cache_rows, same_length};
-use liger_tensor::{AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::checks::{self, Heads, grown_cache_rows, same_length};
+use liger_tensor::{
+    Attention, AttentionGradients, AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor,
+};
 
 use crate::compile::{Source, Variant};
-use crate::driver::{Arg, Block, Launch};
+use crate::driver::{Arg, Launch};
+use crate::kept::{Kept, cached_scores};
 use crate::{Cuda, pointer, shared_bytes, typed};
 
 /// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `FORWARD_KEYS`, `QUERIES` of the
@@ -26,7 +29,10 @@ const LARGEST_HEAD: usize = 256;
 
 /// The heads of q and k, if the kernels take them.
 pub(crate) fn heads(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Heads> {
-    let heads = Heads::of(operation, q, k, sequences)?;
+    taken(operation, q, Heads::of(operation, q, k, sequences)?)
+}
+
+fn taken(operation: &'static str, q: &Tensor, heads: Heads) -> Result<Heads> {
     if heads.group() <= QUERIES && heads.dim <= LARGEST_HEAD && heads.dim.is_multiple_of(2) {
         return Ok(heads);
     }
@@ -34,63 +40,107 @@ pub(crate) fn heads(operation: &'static str, q: &Tensor, k: &Tensor, sequences: 
     Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
 }
 
+/// Tokens of a block of rows at most: whole stretches are cut into equal blocks where keys are kept.
+fn tokens_of_a_block(heads: Heads, spec: AttentionSpec) -> usize {
+    let most = ROWS / heads.group();
+    match spec.window {
+        Some(window) if spec.kept > 0 => window.div_ceil(window.div_ceil(most)),
+        _ => most,
+    }
+}
+
 /// `AttentionSizes` of the kernels.
-fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 7] {
+fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
     let window = spec.window.map_or(i32::MAX, |w| w as i32);
     let scale = (1.0 / (heads.dim as f32).sqrt()).to_bits() as i32;
     let ring = i32::from(spec.window.is_some());
     let [query, kv, sinks, cache_rows] = [heads.query, heads.kv, spec.sinks, cache_rows].map(|x| x as i32);
-    [query, kv, window, sinks, cache_rows, ring, scale]
+    let [slots, per_block] = [spec.slots(), tokens_of_a_block(heads, spec)].map(|x| x as i32);
+    [query, kv, window, sinks, cache_rows, ring, scale, slots, per_block]
 }
 
-#[allow(clippy::too_many_arguments)]
+/// Inputs of a call, and what they have in common.
+struct Call<'a> {
+    inputs: Attention<'a>,
+    heads: Heads,
+    kept: Option<Kept>,
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        cuda: &Cuda,
+        operation: &'static str,
+        inputs: Attention<'a>,
+        cache: Option<&KeyValueCache>,
+    ) -> Result<Self> {
+        let heads = taken(operation, inputs.q, checks::attention(operation, &inputs, cache.is_some())?)?;
+        let spec = inputs.spec;
+        let kept = match (spec.window, inputs.scores) {
+            (Some(window), Some(scores)) if spec.kept > 0 => {
+                let (batch, per_block) = (cuda.batch(inputs.sequences)?, tokens_of_a_block(heads, spec));
+                Some(Kept::select(cuda, &batch, (spec, window, heads), per_block, scores, cache)?)
+            }
+            _ => None,
+        };
+        Ok(Self { inputs, heads, kept })
+    }
+
+    /// Blocks of rows and their number, what the slots hold, and the stretch of each block.
+    fn row_blocks(&self, cuda: &Cuda) -> Result<([Arg<'static>; 3], usize)> {
+        if let Some(Kept { stretches, lists, .. }) = &self.kept {
+            let arrays = [&stretches.blocks, lists, &stretches.of_block].map(|b| Arg::Pointer(b.pointer));
+            return Ok((arrays, stretches.block_count));
+        }
+        let blocks = cuda.batch(self.inputs.sequences)?.blocks(&cuda.gpu, ROWS / self.heads.group())?;
+        // The batch keeps its arrays.
+        Ok(([Arg::Pointer(blocks.0.pointer), Arg::Pointer(0), Arg::Pointer(0)], blocks.1))
+    }
+}
+
 pub(crate) fn forward(
     cuda: &Cuda,
     out: &mut Tensor,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    sequences: &Sequences,
-    spec: AttentionSpec,
+    inputs: Attention<'_>,
     mut cache: Option<&mut KeyValueCache>,
     statistics: Option<&mut Tensor>,
 ) -> Result<()> {
-    let heads = self::heads("attention_forward", q, k, sequences)?;
+    let Attention { q, k, sequences, .. } = inputs;
+    let call = Call::new(cuda, "attention_forward", inputs, cache.as_deref())?;
     same_length("attention_forward", out, q)?;
-    same_length("attention_forward", v, k)?;
     if let Some(cache) = cache.as_deref_mut() {
-        cuda.reserve(cache, sequences, heads)?;
+        cuda.reserve(cache, sequences, Heads::of("attention_forward", q, k, sequences)?)?;
     }
     match cache {
         Some(cache) if sequences.list().iter().all(|s| s.len == 1) => {
-            cuda.insert(cache, k, v, sequences, heads)?;
-            cuda.attention_step(out, q, cache, sequences, heads)
+            cuda.insert(cache, &call)?;
+            cuda.attention_step(out, cache, &call)
         }
         Some(cache) => {
-            cuda.attention_blocks(out, (q, k, v), sequences, spec, Some(cache), 0)?;
-            cuda.insert(cache, k, v, sequences, heads)
+            cuda.attention_blocks(out, &call, Some(cache), 0)?;
+            cuda.insert(cache, &call)
         }
         None => {
             let lse = statistics.map_or(Ok(0), |lse| typed("attention_forward", lse, DType::F32))?;
-            cuda.attention_blocks(out, (q, k, v), sequences, spec, None, lse)
+            cuda.attention_blocks(out, &call, None, lse)
         }
     }
 }
 
-/// One kernel by rows and one by keys. Without the rows' log-sum-exp the forward runs once more.
-#[allow(clippy::too_many_arguments)]
+/// One kernel by rows and one by keys, and one by slots where keys are kept. Without the rows' log-sum-exp the forward runs
+/// once more.
 pub(crate) fn backward(
     cuda: &Cuda,
-    (dq, dk, dv): (&mut Tensor, &mut Tensor, &mut Tensor),
-    (q, k, v): (&Tensor, &Tensor, &Tensor),
+    gradients: AttentionGradients<'_>,
+    inputs: Attention<'_>,
     (out, statistics): (&Tensor, Option<&Tensor>),
     dout: &Tensor,
-    sequences: &Sequences,
-    spec: AttentionSpec,
 ) -> Result<()> {
     const NAME: &str = "attention_backward";
-    let heads = self::heads(NAME, q, k, sequences)?;
-    for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (out, q), (v, k)] {
+    let AttentionGradients { q: dq, k: dk, v: dv } = gradients;
+    let Attention { q, k, v, sequences, spec, .. } = inputs;
+    let call = Call::new(cuda, NAME, inputs, None)?;
+    let heads = call.heads;
+    for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (out, q)] {
         same_length(NAME, a, b)?;
     }
     let rows = q.dim(0) * heads.query;
@@ -101,46 +151,58 @@ pub(crate) fn backward(
         None => {
             own = cuda.gpu.allocate(rows * 4)?;
             let again = cuda.tensor(q.shape(), cuda.activations)?;
-            cuda.attention_blocks(&again, (q, k, v), sequences, spec, None, own.pointer)?;
+            cuda.attention_blocks(&again, &call, None, own.pointer)?;
             own.pointer
         }
     };
     let args = [Arg::Pointer(inner.pointer), cuda.act(NAME, out)?, cuda.act(NAME, dout)?, Arg::Int(rows as i32)];
-    cuda.attention_kernel("attention_inner", heads, Launch::warp_rows(rows.div_ceil(4)), &args)?;
+    cuda.attention_kernel("attention_inner", &call, Launch::warp_rows(rows.div_ceil(4)), &args)?;
 
     let batch = cuda.batch(sequences)?;
     let (words, padded) = (self::words(heads, spec, 0), heads.dim.next_multiple_of(16));
     let inputs = [cuda.act(NAME, q)?, cuda.act(NAME, k)?, cuda.act(NAME, v)?, cuda.act(NAME, dout)?];
     let [lse, inner] = [Arg::Pointer(lse), Arg::Pointer(inner.pointer)];
     // Sinks that a window does not reach get their gradients from the kernel by rows, one part a block.
-    let sinks = if spec.window.is_some() { spec.sinks } else { 0 };
+    let sinks = if spec.window.is_some() && spec.kept == 0 { spec.sinks } else { 0 };
     if sinks > MOST_SINKS {
         let expected = format!("at most {MOST_SINKS} sinks, found {sinks}");
         return Err(Error::Shape { operation: NAME, found: k.shape().to_vec(), expected });
     }
-    let by_rows = batch.blocks(&cuda.gpu, ROWS / heads.group())?;
+    let (by_rows, row_blocks) = call.row_blocks(cuda)?;
     let part = heads.kv * 2 * MOST_SINKS * heads.dim * 4;
-    let parts = if sinks > 0 { Some(cuda.gpu.allocate(by_rows.1 * part)?) } else { None };
+    let parts = if sinks > 0 { Some(cuda.gpu.allocate(row_blocks * part)?) } else { None };
     let parts = Arg::Pointer(parts.as_ref().map_or(0, |p| p.pointer));
-    let run = |name: &'static str, outputs: [Arg<'static>; 2], blocks: &(Block, usize), tiles: &[(usize, usize)]| {
+    let run = |name, outputs: &[Arg<'static>], arrays: &[Arg<'static>], grid: [usize; 2], tiles: &[(usize, usize)]| {
         let mut args = outputs.to_vec();
         args.extend(inputs);
-        args.extend([lse, inner, Arg::Pointer(blocks.0.pointer), Arg::Words(&words)]);
+        args.extend([lse, inner]);
+        args.extend(arrays);
+        args.push(Arg::Words(&words));
         let shared = shared_bytes(cuda.activations, tiles, &[]);
-        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
-        cuda.attention_kernel(name, heads, launch, &args)
+        let launch =
+            Launch { grid: (grid[0] as u32, heads.kv as u32, grid[1] as u32), block: (THREADS, 1), shared };
+        cuda.attention_kernel(name, &call, launch, &args)
     };
     let tiles = [(2 * ROWS + 4 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
-    run("attention_backward_rows", [cuda.act(NAME, dq)?, parts], &by_rows, &tiles)?;
+    run("attention_backward_rows", &[cuda.act(NAME, dq)?, parts], &by_rows, [row_blocks, 1], &tiles)?;
     let (dk, dv) = (cuda.act(NAME, dk)?, cuda.act(NAME, dv)?);
     let by_keys = batch.blocks(&cuda.gpu, KEYS)?;
-    run("attention_backward_keys", [dk, dv], &by_keys, &[(2 * KEYS + 4 * QUERIES, padded)])?;
+    let tiles = [(2 * KEYS + 4 * QUERIES, padded)];
+    run("attention_backward_keys", &[dk, dv], &[Arg::Pointer(by_keys.0.pointer)], [by_keys.1, 1], &tiles)?;
+    if let Some(kept) = &call.kept {
+        let (count, slots) = (kept.stretches.count, spec.slots());
+        let parts = cuda.gpu.allocate(count * heads.kv * 2 * slots * heads.dim * 4)?;
+        let arrays = [Arg::Pointer(kept.stretches.starts.pointer), Arg::Pointer(kept.lists.pointer)];
+        let outputs = [Arg::Pointer(parts.pointer)];
+        run("attention_backward_slots", &outputs, &arrays, [count, slots.div_ceil(KEYS)], &tiles)?;
+        return kept.add_gradients(cuda, dk, dv, &parts);
+    }
     if sinks == 0 {
         return Ok(());
     }
-    let args = [dk, dv, parts, Arg::Pointer(by_rows.0.pointer), Arg::Int(by_rows.1 as i32), Arg::Words(&words)];
+    let args = [dk, dv, parts, by_rows[0], Arg::Int(row_blocks as i32), Arg::Words(&words)];
     let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
-    cuda.attention_kernel("attention_add_sinks", heads, Launch { grid, block: (1024, 1), shared: 0 }, &args)
+    cuda.attention_kernel("attention_add_sinks", &call, Launch { grid, block: (1024, 1), shared: 0 }, &args)
 }
 
 impl Cuda {
@@ -148,44 +210,42 @@ impl Cuda {
     fn attention_blocks(
         &self,
         out: &Tensor,
-        (q, k, v): (&Tensor, &Tensor, &Tensor),
-        sequences: &Sequences,
-        spec: AttentionSpec,
+        call: &Call<'_>,
         cache: Option<&KeyValueCache>,
         lse: u64,
     ) -> Result<()> {
         const NAME: &str = "attention_forward";
-        let heads = self::heads(NAME, q, k, sequences)?;
+        let (Attention { q, k, v, spec, .. }, heads) = (call.inputs, call.heads);
         let (cached, cache_rows) = match cache {
             Some(cache) => ([self.act(NAME, &cache.keys)?, self.act(NAME, &cache.values)?], cache.keys.dim(2)),
             None => ([Arg::Pointer(0); 2], 0),
         };
-        let blocks = self.batch(sequences)?.blocks(&self.gpu, ROWS / heads.group())?;
+        let (arrays, blocks) = call.row_blocks(self)?;
         let words = self::words(heads, spec, cache_rows);
         let padded = heads.dim.next_multiple_of(16);
         let shared = shared_bytes(self.activations, &[(ROWS + 2 * FORWARD_KEYS, padded)], &[]);
-        let launch = Launch { grid: (blocks.1 as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
-        let args = [
-            self.act(NAME, out)?,
-            Arg::Pointer(lse),
-            self.act(NAME, q)?,
-            self.act(NAME, k)?,
-            self.act(NAME, v)?,
-            cached[0],
-            cached[1],
-            Arg::Pointer(blocks.0.pointer),
-            Arg::Words(&words),
-        ];
-        self.attention_kernel(NAME, heads, launch, &args)
+        let launch = Launch { grid: (blocks as u32, heads.kv as u32, 1), block: (THREADS, 1), shared };
+        let mut args = vec![self.act(NAME, out)?, Arg::Pointer(lse)];
+        args.extend([self.act(NAME, q)?, self.act(NAME, k)?, self.act(NAME, v)?, cached[0], cached[1]]);
+        args.extend(arrays);
+        args.push(Arg::Words(&words));
+        self.attention_kernel(NAME, call, launch, &args)
     }
 
-    fn attention_kernel(&self, name: &'static str, heads: Heads, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        self.gpu.launch(
-            (Source::Attention, name),
-            Variant { activations: self.activations, sizes: [heads.dim, heads.group(), 0, 0, 0] },
-            launch,
-            args,
-        )
+    fn attention_kernel(&self, name: &'static str, call: &Call<'_>, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+        self.kernel_of_heads(name, call.heads, call.kept.is_some(), launch, args)
+    }
+
+    fn kernel_of_heads(
+        &self,
+        name: &'static str,
+        heads: Heads,
+        kept: bool,
+        launch: Launch,
+        args: &[Arg<'_>],
+    ) -> Result<()> {
+        let sizes = [heads.dim, heads.group(), usize::from(kept), 0, 0];
+        self.gpu.launch((Source::Attention, name), Variant { activations: self.activations, sizes }, launch, args)
     }
 
     /// Grows a cache without a window to hold the positions to come.
@@ -203,46 +263,43 @@ impl Cuda {
                 Arg::Int(grown_rows as i32),
                 Arg::Long(n as i64),
             ];
-            self.attention_kernel("cache_grow", heads, Launch::over(n, 1), &args)?;
+            self.kernel_of_heads("cache_grow", heads, false, Launch::over(n, 1), &args)?;
             *tensor = grown;
         }
         Ok(())
     }
 
-    fn insert(
-        &self,
-        cache: &mut KeyValueCache,
-        k: &Tensor,
-        v: &Tensor,
-        sequences: &Sequences,
-        heads: Heads,
-    ) -> Result<()> {
+    /// What stays goes into the slots, what is new into the ring.
+    fn insert(&self, cache: &KeyValueCache, call: &Call<'_>) -> Result<()> {
+        const NAME: &str = "cache_insert";
+        let Attention { k, v, scores, sequences, .. } = call.inputs;
         let batch = self.batch(sequences)?;
-        let words = self::words(heads, cache.spec, cache.keys.dim(2));
+        let words = words(call.heads, cache.spec, cache.keys.dim(2));
+        let (mut held, mut new) = (0, 0);
+        if let (Some(kept), Some(scores)) = (&call.kept, scores) {
+            kept.store(self, cache, k, v)?;
+            (held, new) = (cached_scores(cache)?, typed(NAME, scores, DType::F32)?);
+        }
         let args = [
-            self.act("cache_insert", &cache.keys)?,
-            self.act("cache_insert", &cache.values)?,
-            self.act("cache_insert", k)?,
-            self.act("cache_insert", v)?,
+            self.act(NAME, &cache.keys)?,
+            self.act(NAME, &cache.values)?,
+            Arg::Pointer(held),
+            self.act(NAME, k)?,
+            self.act(NAME, v)?,
+            Arg::Pointer(new),
             Arg::Pointer(batch.rows.pointer),
             Arg::Words(&words),
         ];
         let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), shared: 0 };
-        self.attention_kernel("cache_insert", heads, launch, &args)
+        self.attention_kernel(NAME, call, launch, &args)
     }
 
-    fn attention_step(
-        &self,
-        out: &Tensor,
-        q: &Tensor,
-        cache: &KeyValueCache,
-        sequences: &Sequences,
-        heads: Heads,
-    ) -> Result<()> {
+    fn attention_step(&self, out: &Tensor, cache: &KeyValueCache, call: &Call<'_>) -> Result<()> {
         const NAME: &str = "attention_step";
+        let (Attention { q, sequences, .. }, heads) = (call.inputs, call.heads);
         let rows = sequences.rows();
         let most = match cache.spec.window {
-            Some(window) => cache.spec.sinks + window,
+            Some(_) => cache.spec.cache_rows(),
             None => sequences.list().iter().map(|s| s.position + 1).max().unwrap_or(1),
         };
         let splits = most.div_ceil(KEYS_PER_SPLIT).min(64);
@@ -262,12 +319,12 @@ impl Cuda {
         ];
         let slices = heads.kv * heads.group().div_ceil(STEP_HEADS);
         let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), shared: 0 };
-        self.attention_kernel(NAME, heads, launch, &args)?;
+        self.attention_kernel(NAME, call, launch, &args)?;
         if splits == 1 {
             return Ok(());
         }
         let args = [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32)];
         let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
-        self.attention_kernel("attention_merge", heads, launch, &args)
+        self.attention_kernel("attention_merge", call, launch, &args)
     }
 }

@@ -12,6 +12,22 @@ pub(crate) const CHUNK: usize = 64;
 /// An array of `BlockInfo` and its length.
 pub(crate) type Blocks = Arc<(Block, usize)>;
 
+/// The stretches of one window's size that a batch is cut into, where keys are kept.
+pub(crate) struct Stretches {
+    /// `BlockInfo` of every block of rows, none across the border of two stretches, and the stretch of each.
+    pub(crate) blocks: Block,
+    pub(crate) block_count: usize,
+    pub(crate) of_block: Block,
+    /// `BlockInfo` of every stretch.
+    pub(crate) starts: Block,
+    /// Number of stretches.
+    pub(crate) count: usize,
+    /// `BlockInfo` of every sequence, and the number of its first stretch.
+    pub(crate) sequences: Block,
+    pub(crate) bases: Block,
+    pub(crate) sequence_count: usize,
+}
+
 /// The arrays of one batch.
 pub(crate) struct Batch {
     sequences: Sequences,
@@ -28,6 +44,8 @@ pub(crate) struct Batch {
     pub(crate) rows: Block,
     /// By the size of a block: `BlockInfo` of every one, and their number.
     blocks: Mutex<Vec<(usize, Blocks)>>,
+    /// By the size of a stretch and of a block.
+    stretches: Mutex<Vec<((usize, usize), Arc<Stretches>)>>,
 }
 
 impl Batch {
@@ -55,6 +73,7 @@ impl Batch {
             order: upload(gpu, &order)?,
             rows: upload(gpu, &rows)?,
             blocks: Mutex::default(),
+            stretches: Mutex::default(),
         })
     }
 
@@ -75,6 +94,43 @@ impl Batch {
         let blocks = Arc::new((upload(gpu, &list)?, list.len() / 5));
         kept.push((size, blocks.clone()));
         Ok(blocks)
+    }
+
+    /// Stretches of `window` tokens, and blocks of at most `per_block`.
+    pub(crate) fn stretches(&self, gpu: &Arc<Gpu>, window: usize, per_block: usize) -> Result<Arc<Stretches>> {
+        let mut kept = self.stretches.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, stretches)) = kept.iter().find(|(sizes, _)| *sizes == (window, per_block)) {
+            return Ok(stretches.clone());
+        }
+        let (mut blocks, mut of_block, mut starts) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut sequences, mut bases) = (Vec::new(), Vec::new());
+        for s in self.sequences.list() {
+            let info = |first: usize| [s.start, s.len, s.position, s.slot, first].map(|x| x as i32);
+            sequences.extend(info(0));
+            bases.push((starts.len() / 5) as i32);
+            let mut first = 0;
+            while first < s.len {
+                let left = window - (s.position + first) % window;
+                if first == 0 || left == window {
+                    starts.extend(info(first));
+                }
+                blocks.extend(info(first));
+                of_block.push((starts.len() / 5 - 1) as i32);
+                first += per_block.min(left);
+            }
+        }
+        let stretches = Arc::new(Stretches {
+            blocks: upload(gpu, &blocks)?,
+            block_count: of_block.len(),
+            of_block: upload(gpu, &of_block)?,
+            starts: upload(gpu, &starts)?,
+            count: starts.len() / 5,
+            sequences: upload(gpu, &sequences)?,
+            bases: upload(gpu, &bases)?,
+            sequence_count: bases.len(),
+        });
+        kept.push(((window, per_block), stretches.clone()));
+        Ok(stretches)
     }
 }
 

@@ -32,6 +32,8 @@ pub enum Source {
     Features,
     /// Softmax attention.
     Attention,
+    /// Which keys stay when they leave the window.
+    Kept,
     /// The gated recurrence in chunks.
     RecurrenceChunks,
     /// Its gradients of k, v and the gates.
@@ -52,15 +54,17 @@ pub enum Source {
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
 const TILE: &str = include_str!("../kernels/tile.cuh");
+const KEPT: &str = include_str!("../kernels/kept.cuh");
 const GATES: &str = include_str!("../kernels/gates.cuh");
 const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
     /// Every file.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Elementwise,
         Self::Features,
         Self::Attention,
+        Self::Kept,
         Self::RecurrenceChunks,
         Self::RecurrenceGradients,
         Self::RecurrenceStep,
@@ -76,6 +80,7 @@ impl Source {
             Self::Elementwise => "elementwise.cu",
             Self::Features => "features.cu",
             Self::Attention => "attention.cu",
+            Self::Kept => "kept.cu",
             Self::RecurrenceChunks => "recurrence_chunks.cu",
             Self::RecurrenceGradients => "recurrence_gradients.cu",
             Self::RecurrenceStep => "recurrence_step.cu",
@@ -92,6 +97,7 @@ impl Source {
             Self::Elementwise => include_str!("../kernels/elementwise.cu"),
             Self::Features => include_str!("../kernels/features.cu"),
             Self::Attention => include_str!("../kernels/attention.cu"),
+            Self::Kept => include_str!("../kernels/kept.cu"),
             Self::RecurrenceChunks => include_str!("../kernels/recurrence_chunks.cu"),
             Self::RecurrenceGradients => include_str!("../kernels/recurrence_gradients.cu"),
             Self::RecurrenceStep => include_str!("../kernels/recurrence_step.cu"),
@@ -106,7 +112,7 @@ impl Source {
     /// Names of the sizes that the file's kernels are compiled for.
     pub fn sizes(self) -> &'static [&'static str] {
         match self {
-            Self::Attention => &["DIM", "GROUP"],
+            Self::Attention => &["DIM", "GROUP", "KEPT"],
             Self::LigerStep => &["DIM", "GROUP", "SLOTS"],
             Self::LowRank => &["RANK", "PROJECTIONS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
@@ -119,8 +125,11 @@ impl Source {
     /// What stands before the file's own text.
     fn headers(self) -> &'static [&'static str] {
         match self {
-            Self::Attention | Self::LowRank => &[COMMON, TILE],
-            Self::Features | Self::LigerStep => &[COMMON, GATES],
+            Self::Attention => &[COMMON, TILE, KEPT],
+            Self::LowRank => &[COMMON, TILE],
+            Self::Kept => &[COMMON, KEPT],
+            Self::Features => &[COMMON, GATES],
+            Self::LigerStep => &[COMMON, GATES, KEPT],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => &[COMMON, TILE, RECURRENCE],
             _ => &[COMMON],
         }

@@ -13,6 +13,7 @@ mod driver;
 mod elementwise;
 mod features;
 mod gemm;
+mod kept;
 mod libraries;
 mod loss;
 mod low_rank;
@@ -26,7 +27,7 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks;
 use liger_tensor::{
-    AdamwParameter, AdamwStep, AttentionSpec, DType, DeviceMemory, Draw, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
     Recurrence, RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
 };
 
@@ -333,15 +334,11 @@ impl Ops for Cuda {
     fn attention_forward(
         &self,
         out: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
+        inputs: Attention<'_>,
         cache: Option<&mut KeyValueCache>,
         statistics: Option<&mut Tensor>,
     ) -> Result<()> {
-        attention::forward(self, out, q, k, v, sequences, spec, cache, statistics)
+        attention::forward(self, out, inputs, cache, statistics)
     }
 
     fn attention_statistics(&self, q: &Tensor) -> Result<Option<Tensor>> {
@@ -350,19 +347,23 @@ impl Ops for Cuda {
 
     fn attention_backward(
         &self,
-        dq: &mut Tensor,
-        dk: &mut Tensor,
-        dv: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        gradients: AttentionGradients<'_>,
+        inputs: Attention<'_>,
         out: &Tensor,
         statistics: Option<&Tensor>,
         dout: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
     ) -> Result<()> {
-        attention::backward(self, (dq, dk, dv), (q, k, v), (out, statistics), dout, sequences, spec)
+        attention::backward(self, gradients, inputs, (out, statistics), dout)
+    }
+
+    fn key_novelty(
+        &self,
+        scores: &mut Tensor,
+        k: &Tensor,
+        sequences: &Sequences,
+        state: Option<&mut Tensor>,
+    ) -> Result<()> {
+        kept::novelty(self, scores, k, sequences, state.as_deref())
     }
 
     fn features_forward(

@@ -238,18 +238,24 @@ impl StepOps for Cuda {
         let window = cache.spec.window.unwrap_or(cache_rows);
         let (maps, gate) = match spec.form {
             StepForm::Features(f) => ([map_word(f.query), map_word(f.key)], gate_words(f.gate)),
-            StepForm::Slots(_) | StepForm::Off => ([0; 2], gate_words(Gate::NegativeExp)),
+            StepForm::Slots(_) | StepForm::Off | StepForm::Kept => ([0; 2], gate_words(Gate::NegativeExp)),
         };
-        let alpha = if spec.form == StepForm::Off { 0.0 } else { spec.alpha };
+        let alpha = if matches!(spec.form, StepForm::Off | StepForm::Kept) { 0.0 } else { spec.alpha };
         let float = |x: f32| x.to_bits() as i32;
         let [heads, kv, n, window, sinks, rows] =
             [spec.heads, spec.kv_heads, texts, window, cache.spec.sinks, cache_rows].map(|x| x as i32);
         let scale = 1.0 / (spec.head_dim as f32).sqrt();
         let [query_map, key_map] = maps;
         let floats = [gate.1, gate.2, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
-        let counts = [heads, kv, n, window, sinks, rows, query_map, key_map, gate.0];
+        let kept_slots = if spec.form == StepForm::Kept { cache.spec.slots() as i32 } else { 0 };
+        let counts = [heads, kv, n, window, sinks, rows, kept_slots, query_map, key_map, gate.0];
         let words: Vec<i32> = counts.into_iter().chain(floats).collect();
         let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
+        let (first_state, key_sum) = match spec.form {
+            StepForm::Kept => (Arg::Pointer(0), state(0)?),
+            _ => (state(0)?, Arg::Pointer(0)),
+        };
+        let scores = if kept_slots > 0 { crate::kept::cached_scores(cache)? } else { 0 };
         let norm = |i: usize| head_norms.map_or(Ok(Arg::Pointer(0)), |norms| self.f32(NAME, norms[i]));
         let args = [
             self.act(NAME, mixed)?,
@@ -261,8 +267,10 @@ impl StepOps for Cuda {
             self.f32(NAME, frequencies)?,
             self.act(NAME, &cache.keys)?,
             self.act(NAME, &cache.values)?,
-            state(0)?,
+            Arg::Pointer(scores),
+            first_state,
             state(1)?,
+            key_sum,
             Arg::Pointer(block(NAME, tokens)?.pointer),
             Arg::Words(&words),
         ];

@@ -1,7 +1,7 @@
 //! One block, forward and backward side by side:
 //! `x + attention(norm(x))`, then `x + down(silu(gate(h)) up(h))` with `h = norm(x)`.
 
-use liger_tensor::{Gemm, KeyValueCache, Ops, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionGradients, AttentionSpec, Gemm, KeyValueCache, Ops, Sequences, Tensor};
 
 use crate::adapter::{Adapter, Lows, Target, Tuning, linear};
 use crate::attention::{LigerActivations, LigerGradients, Mixer, Projected};
@@ -160,7 +160,8 @@ impl Context<'_> {
                 let cache = state.map(|(cache, _)| cache);
                 statistics = if trains { ops.attention_statistics(&q)? } else { None };
                 let kept = statistics.as_mut();
-                ops.attention_forward(&mut out, &rope_q, &rope_k, &v, self.sequences, *spec, cache, kept)?;
+                let inputs = softmax(&rope_q, &rope_k, &v, self.sequences, *spec);
+                ops.attention_forward(&mut out, inputs, cache, kept)?;
                 (out, None)
             }
             Mixer::Liger(liger) => {
@@ -298,21 +299,22 @@ impl Context<'_> {
                 let mut rope_q = ops.empty(activations.q.shape())?;
                 let mut rope_k = ops.empty(activations.k.shape())?;
                 let mut v = ops.empty(activations.v.shape())?;
-                ops.attention_backward(
-                    &mut rope_q,
-                    &mut rope_k,
-                    &mut v,
-                    &activations.rope_q,
-                    &activations.rope_k,
-                    &activations.v,
-                    &activations.mixed,
-                    activations.statistics.as_ref(),
-                    dmixed,
-                    self.sequences,
-                    mixer.spec(),
-                )?;
+                let Activations { rope_q: q, rope_k: k, v: value, mixed, statistics, .. } = activations;
+                let gradients = AttentionGradients { q: &mut rope_q, k: &mut rope_k, v: &mut v };
+                let inputs = softmax(q, k, value, self.sequences, mixer.spec());
+                ops.attention_backward(gradients, inputs, mixed, statistics.as_ref(), dmixed)?;
                 Ok(LigerGradients { plain: None, v, rope_q, rope_k, alpha: 0.0, beta: 1.0 })
             }
         }
     }
+}
+
+fn softmax<'a>(
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    sequences: &'a Sequences,
+    spec: AttentionSpec,
+) -> Attention<'a> {
+    Attention { q, k, v, scores: None, sequences, spec }
 }

@@ -38,15 +38,16 @@ impl State {
         let mut layers = Vec::with_capacity(mixers.len());
         for mixer in mixers {
             let spec = mixer.spec();
-            let rows = spec.window.map_or(0, |window| spec.sinks + window);
-            let cached = [slots, config.num_kv_heads, rows, config.head_dim];
+            let (kv, rows) = (config.num_kv_heads, spec.cache_rows());
+            let cached = [slots, kv, rows, config.head_dim];
+            let scores = if spec.kept > 0 { Some(zeros(&[slots, kv, rows])?) } else { None };
             let mut recurrent = Vec::new();
             if let Mixer::Liger(liger) = mixer {
                 for [kv, dk, dv] in liger.state_shapes(config) {
                     recurrent.push(zeros(&[slots, kv, dk, dv])?);
                 }
             }
-            let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)? };
+            let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)?, scores };
             layers.push(LayerState { cache, recurrent });
         }
         Ok(Self { layers, positions: vec![0; slots], steps: Vec::new(), logits: None })
@@ -84,6 +85,9 @@ impl State {
         for (i, layer) in self.layers.iter().enumerate() {
             list.push((format!("layers.{i}.window.keys"), &layer.cache.keys));
             list.push((format!("layers.{i}.window.values"), &layer.cache.values));
+            if let Some(scores) = &layer.cache.scores {
+                list.push((format!("layers.{i}.window.scores"), scores));
+            }
             for (j, tensor) in layer.recurrent.iter().enumerate() {
                 list.push((format!("layers.{i}.recurrent.{j}"), tensor));
             }
@@ -158,11 +162,15 @@ impl State {
             if keys.shape() != values.shape() || (growing && keys.dim(2) < longest) {
                 return Err(Error::corrupt(path, format!("layer {i} holds fewer keys than the text is long")));
             }
+            let mut scores = None;
+            if let Some(like) = &layer.cache.scores {
+                scores = Some(read(&format!("layers.{i}.window.scores"), like, false)?);
+            }
             let mut recurrent = Vec::new();
             for (j, like) in layer.recurrent.iter().enumerate() {
                 recurrent.push(read(&format!("layers.{i}.recurrent.{j}"), like, false)?);
             }
-            layers.push(LayerState { cache: KeyValueCache { spec, keys, values }, recurrent });
+            layers.push(LayerState { cache: KeyValueCache { spec, keys, values, scores }, recurrent });
         }
         (self.layers, self.positions) = (layers, positions);
         self.steps.clear();

@@ -105,6 +105,7 @@ impl Decoder {
                 _ if liger.alpha == 0.0 => StepForm::Off,
                 Form::Features(spec) => StepForm::Features(spec),
                 Form::Slots => StepForm::Slots(liger.slots),
+                Form::Kept => StepForm::Kept,
             },
             alpha: liger.alpha,
             beta: liger.beta,

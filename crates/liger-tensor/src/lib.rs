@@ -16,7 +16,7 @@ mod tensor;
 
 pub use error::{Error, Result};
 pub use ops::{
-    AdamwParameter, AdamwStep, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, KeyValueCache, Ops,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, KeyValueCache, Ops,
     Recurrence, RecurrenceGradients, low_rank_backward_by_products, low_rank_forward_by_products,
 };
 pub use sequences::{Sequence, Sequences};

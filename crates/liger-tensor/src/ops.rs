@@ -1,4 +1,5 @@
 use std::any::Any;
+use std::ops::Range;
 
 use crate::{DType, Result, Sequences, StepOps, Tensor};
 
@@ -41,6 +42,92 @@ pub struct AttentionSpec {
     pub window: Option<usize>,
     /// The first `sinks` keys of the text stay visible besides the window.
     pub sinks: usize,
+    /// So many of the keys that have left the window stay visible too: those of the highest scores. 0 for none. The
+    /// window then moves in stretches of its own size: a query sees its own stretch, the one before, and the keys kept of
+    /// all earlier ones.
+    pub kept: usize,
+}
+
+impl AttentionSpec {
+    /// A window and the first keys of the text.
+    pub const fn window(window: usize, sinks: usize) -> Self {
+        Self { window: Some(window), sinks, kept: 0 }
+    }
+
+    /// Rows of a cache before the ring: sinks and kept keys.
+    pub fn slots(self) -> usize {
+        self.sinks + self.kept
+    }
+
+    /// Rows of a cache; 0 without a window: it grows.
+    pub fn cache_rows(self) -> usize {
+        self.window.map_or(0, |window| self.slots() + self.ring(window))
+    }
+
+    fn ring(self, window: usize) -> usize {
+        if self.kept > 0 { 2 * window } else { window }
+    }
+
+    /// The row of a cache that the key at `position` goes to: the ring's, but for sinks without kept keys.
+    pub fn cache_row(self, position: usize) -> usize {
+        match self.window {
+            Some(window) if self.kept > 0 => self.slots() + position % self.ring(window),
+            Some(window) if position >= self.sinks => self.sinks + (position - self.sinks) % window,
+            _ => position,
+        }
+    }
+
+    /// Rows of a cache that the token at `position` sees, its own already there.
+    pub fn rows_in_use(self, position: usize) -> Vec<Range<usize>> {
+        let Some(window) = self.window else { return vec![0..position + 1] };
+        if self.kept == 0 {
+            return vec![0..(position + 1).min(self.sinks + window)];
+        }
+        let (stretch, own) = (position / window, position % window + 1);
+        let start = |stretch: usize| self.slots() + stretch % 2 * window;
+        let mut rows = vec![start(stretch)..start(stretch) + own];
+        if stretch > 0 {
+            rows.push(start(stretch - 1)..start(stretch - 1) + window);
+            rows.push(0..self.slots().min((stretch - 1) * window));
+        }
+        rows
+    }
+
+    /// First position of the window of the query at `position`.
+    pub fn window_start(self, position: usize) -> usize {
+        match self.window {
+            Some(window) if self.kept > 0 => (position / window).saturating_sub(1) * window,
+            Some(window) => (position + 1).saturating_sub(window),
+            None => 0,
+        }
+    }
+}
+
+/// Inputs of softmax attention, after RoPE.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    /// `[N, H, D]`.
+    pub q: &'a Tensor,
+    /// `[N, K, D]`.
+    pub k: &'a Tensor,
+    /// `[N, K, D]`.
+    pub v: &'a Tensor,
+    /// `[N, K]` in float32, where keys are kept: those of the highest scores stay, of equal ones those held.
+    pub scores: Option<&'a Tensor>,
+    /// The sequences of the N rows.
+    pub sequences: &'a Sequences,
+    /// Which keys a query sees.
+    pub spec: AttentionSpec,
+}
+
+/// Gradients of the inputs of an [`Attention`], each overwritten. Scores have none: which keys stay is not differentiated.
+pub struct AttentionGradients<'a> {
+    /// `[N, H, D]`.
+    pub q: &'a mut Tensor,
+    /// `[N, K, D]`.
+    pub k: &'a mut Tensor,
+    /// `[N, K, D]`.
+    pub v: &'a mut Tensor,
 }
 
 /// Keys (after RoPE) and values that later tokens may still see, for each slot of a decoding state.
@@ -48,25 +135,19 @@ pub struct AttentionSpec {
 pub struct KeyValueCache {
     /// Which keys are ever needed again.
     pub spec: AttentionSpec,
-    /// `[slots, K, rows, D]`; with a window `rows = sinks + window`, the window being a ring over positions;
+    /// `[slots, K, rows, D]`; with a window the rows are sinks, kept keys, and a ring over positions;
     /// without one, row = position, and the cache grows.
     pub keys: Tensor,
     /// `[slots, K, rows, D]`.
     pub values: Tensor,
+    /// `[slots, K, rows]` in float32, where keys are kept.
+    pub scores: Option<Tensor>,
 }
 
 impl KeyValueCache {
-    /// The row that the key at `position` is kept in.
-    pub fn row(spec: AttentionSpec, position: usize) -> usize {
-        match spec.window {
-            Some(window) if position >= spec.sinks => spec.sinks + (position - spec.sinks) % window,
-            _ => position,
-        }
-    }
-
     /// Bytes of the memory held.
     pub fn bytes(&self) -> usize {
-        self.keys.bytes() + self.values.bytes()
+        self.keys.bytes() + self.values.bytes() + self.scores.as_ref().map_or(0, Tensor::bytes)
     }
 }
 
@@ -318,18 +399,13 @@ pub trait Ops: Send + Sync {
     /// Inverted dropout: zero with probability `p`, else `x / (1 - p)`; the same `seed` gives the same mask.
     fn dropout(&self, x: &mut Tensor, p: f32, seed: u64) -> Result<()>;
 
-    /// Softmax attention, scores times `D^-1/2`; `q [N, H, D]`, `k`, `v` `[N, K, D]` after RoPE. With a cache, queries
-    /// see what it holds of their slot too, and it takes in the new keys; its memory grows where it has no window.
-    /// `statistics` takes what the backward can use again.
-    #[allow(clippy::too_many_arguments)]
+    /// Softmax attention, `D^-1/2` times `q k^T`. With a cache, queries see what it holds of their slot too, and it takes in
+    /// the new keys; its memory grows where it has no window. Without one, sequences begin at position 0 where keys are
+    /// kept. `statistics` takes what the backward can use again.
     fn attention_forward(
         &self,
         out: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        sequences: &Sequences,
-        spec: AttentionSpec,
+        inputs: Attention<'_>,
         cache: Option<&mut KeyValueCache>,
         statistics: Option<&mut Tensor>,
     ) -> Result<()>;
@@ -338,20 +414,22 @@ pub trait Ops: Send + Sync {
         Ok(None)
     }
     /// Gradients of an attention from the beginning of every sequence, without a cache, given its output and statistics.
-    #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
-        dq: &mut Tensor,
-        dk: &mut Tensor,
-        dv: &mut Tensor,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
+        gradients: AttentionGradients<'_>,
+        inputs: Attention<'_>,
         out: &Tensor,
         statistics: Option<&Tensor>,
         dout: &Tensor,
+    ) -> Result<()>;
+    /// Scores `[N, K]` of `k [N, K, D]` before RoPE: the cosine of a key and the sum of the directions `k / |k|` of all keys
+    /// up to itself, negated; 0 for a key that is 0. `state [slots, K, 1, D]` is that sum: in, and out.
+    fn key_novelty(
+        &self,
+        scores: &mut Tensor,
+        k: &Tensor,
         sequences: &Sequences,
-        spec: AttentionSpec,
+        state: Option<&mut Tensor>,
     ) -> Result<()>;
 
     /// f(q) `[N, H, D]`, write key and log gate `[N, K, D]` of `q` and `k`.

@@ -11,6 +11,8 @@ pub enum StepForm {
     Features(FeatureSpec),
     /// gsa's two, with so many memory slots.
     Slots(usize),
+    /// The keys that the cache keeps; the state is the sum of the keys' directions.
+    Kept,
 }
 
 /// Sizes and settings of Liger Attention in a step.
@@ -46,7 +48,7 @@ pub struct LigerStep<'a> {
     pub frequencies: &'a Tensor,
     /// Takes the new keys and values; has a window.
     pub cache: &'a KeyValueCache,
-    /// Recurrent states, one or gsa's two.
+    /// Recurrent states: none, one, or gsa's two.
     pub states: &'a [Tensor],
 }
 

@@ -1,24 +1,37 @@
-//! Softmax attention, with windows and sinks: forward in one piece, by any split through a cache, and backward.
+//! Softmax attention, with windows, sinks and kept keys: forward in one piece, by any split through a cache, and backward;
+//! and the scores by which keys are kept.
 
-use liger_tensor::{AttentionSpec, KeyValueCache, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionGradients, AttentionSpec, KeyValueCache, Sequences, Tensor};
 
 use crate::plain::{gradient, softmax};
 use crate::{Check, Numbers};
 
-/// q [T,H,D], k, v [T,K,D] of one sequence.
-fn plain(
-    q: &[f64],
-    k: &[f64],
-    v: &[f64],
-    (t, h, kv, d): (usize, usize, usize, usize),
-    spec: AttentionSpec,
-) -> Vec<f64> {
+type Sizes = (usize, usize, usize, usize);
+
+/// Positions that the query at `i` of a head sees: of equal scores the oldest stays.
+fn seen(i: usize, head: usize, kv: usize, scores: &[f64], spec: AttentionSpec) -> Vec<usize> {
+    let Some(window) = spec.window else { return (0..=i).collect() };
+    if spec.kept == 0 {
+        return (0..=i).filter(|&j| i - j < window || j < spec.sinks).collect();
+    }
+    let low = (i / window).max(1) * window - window;
+    let score = |j: usize| if j < spec.sinks { f64::INFINITY } else { scores[j * kv + head] };
+    let mut far: Vec<usize> = (0..low).collect();
+    far.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
+    far.truncate(spec.sinks + spec.kept);
+    far.extend(low..=i);
+    far
+}
+
+/// q [T,H,D], k, v [T,K,D], scores [T,K] of one sequence.
+fn plain(q: &[f64], k: &[f64], v: &[f64], scores: &[f64], (t, h, kv, d): Sizes, spec: AttentionSpec) -> Vec<f64> {
     let mut out = vec![0.0; q.len()];
     for i in 0..t {
-        let seen: Vec<usize> = (0..=i).filter(|&j| spec.window.is_none_or(|w| i - j < w) || j < spec.sinks).collect();
         for head in 0..h {
+            let of = head / (h / kv);
+            let seen = seen(i, of, kv, scores, spec);
             let at = (i * h + head) * d;
-            let row = |x: &[f64], j: usize| x[(j * kv + head / (h / kv)) * d..][..d].to_vec();
+            let row = |x: &[f64], j: usize| x[(j * kv + of) * d..][..d].to_vec();
             let score =
                 |j: &usize| q[at..at + d].iter().zip(row(k, *j)).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
             let p = softmax(&seen.iter().map(score).collect::<Vec<_>>());
@@ -30,10 +43,17 @@ fn plain(
     out
 }
 
+/// Scores that are told apart in float32.
+fn drawn_scores(numbers: &mut Numbers, count: usize) -> Vec<f64> {
+    numbers.normal(count).iter().map(|&x| f64::from(x as f32)).collect()
+}
+
 pub(crate) fn check(c: &Check<'_>) {
     let specs = [(None, 0), (Some(1), 0), (Some(5), 0), (Some(64), 0), (Some(64), 4), (Some(3), 4), (Some(1), 1)];
-    for (window, sinks) in specs {
-        let spec = AttentionSpec { window, sinks };
+    let specs = specs.map(|(window, sinks)| AttentionSpec { window, sinks, kept: 0 });
+    let kept = [(64, 4, 20), (8, 0, 1), (5, 2, 7), (3, 4, 64), (1, 1, 3), (16, 4, 124)];
+    let kept = kept.map(|(window, sinks, kept)| AttentionSpec { kept, ..AttentionSpec::window(window, sinks) });
+    for spec in specs.into_iter().chain(kept) {
         for (t, h, kv, d) in
             [(1, 1, 1, 16), (2, 3, 1, 16), (63, 4, 4, 8), (65, 3, 1, 60), (200, 8, 2, 32), (70, 2, 2, 128)]
         {
@@ -41,15 +61,68 @@ pub(crate) fn check(c: &Check<'_>) {
         }
         backward(c, (7, 3, 1, 4), spec);
         backward(c, (9, 4, 2, 6), spec);
+        if spec.kept > 0 && spec.window.is_some_and(|w| w < 5) {
+            backward(c, (17, 2, 1, 4), spec);
+        }
     }
     long_backward(c);
+    novelty(c);
 }
 
-fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSpec) {
+/// Scores of keys, in one piece behind another sequence and by any split with a state.
+fn novelty(c: &Check<'_>) {
+    for (t, kv, d) in [(1, 1, 4), (70, 3, 16), (200, 2, 64), (129, 1, 128)] {
+        let mut numbers = Numbers::new(t as u64);
+        // As a device has them: scores are float32 everywhere.
+        let k = c.tensor(&numbers.normal(t * kv * d), &[t, kv, d]);
+        let k: Vec<f64> = c.ops.download(&k).expect("download").iter().map(|&x| f64::from(x)).collect();
+        let (mut expected, mut sums) = (Vec::new(), vec![0.0; kv * d]);
+        for row in k.chunks_exact(kv * d) {
+            for (key, sum) in row.chunks_exact(d).zip(sums.chunks_exact_mut(d)) {
+                let norm = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>().sqrt();
+                let length = norm(key);
+                sum.iter_mut().zip(key).for_each(|(s, k)| *s += k / length);
+                expected.push(-sum.iter().zip(key).map(|(s, k)| s * k).sum::<f64>() / length / norm(sum));
+            }
+        }
+        for pieces in [vec![t], vec![t / 2, t - t / 2], vec![t / 3, t / 3, 1, t - 2 * (t / 3) - t.min(1)]] {
+            if pieces.iter().sum::<usize>() != t {
+                continue;
+            }
+            let mut state = c.exact(&vec![0.0; 2 * kv * d], &[2, kv, 1, d]);
+            let (mut done, mut found) = (0, Vec::new());
+            for piece in pieces.iter().copied().filter(|&p| p > 0) {
+                let keys = c.tensor(&k[done * kv * d..(done + piece) * kv * d], &[piece, kv, d]);
+                let mut sequences = Sequences::default();
+                sequences.push(piece, done, 1);
+                let mut scores = c.poisoned_exact(&[piece, kv]);
+                c.ops.key_novelty(&mut scores, &keys, &sequences, Some(&mut state)).expect("key_novelty");
+                found.extend(c.ops.download(&scores).expect("download").iter().map(|&x| f64::from(x)));
+                done += piece;
+            }
+            let difference = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+            assert!(difference < 1e-5, "scores of {t} x {kv} keys of {d} in {pieces:?}: {difference:.1e}");
+            let state = c.ops.download(&state).expect("download");
+            let largest = state[kv * d..].iter().zip(&sums).map(|(&a, b)| (f64::from(a) - b).abs()).fold(0.0, f64::max);
+            assert!(largest < 1e-4 * (t as f64), "sums of {t} x {kv} keys of {d} in {pieces:?}: {largest:.1e}");
+        }
+        let joined: Vec<f64> = k[..2.min(t) * kv * d].iter().chain(&k).copied().collect();
+        let keys = c.tensor(&joined, &[t + 2.min(t), kv, d]);
+        let mut scores = c.poisoned_exact(&[t + 2.min(t), kv]);
+        c.ops.key_novelty(&mut scores, &keys, &Sequences::fresh([2.min(t), t]), None).expect("key_novelty");
+        let found = c.ops.download(&scores).expect("download");
+        for (found, expected) in found[2.min(t) * kv..].iter().zip(&expected) {
+            assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+        }
+    }
+}
+
+fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     let (t, h, kv, d) = sizes;
     let mut numbers = Numbers::new((t * d) as u64);
     let (q, k, v) = (numbers.normal(t * h * d), numbers.normal(t * kv * d), numbers.normal(t * kv * d));
-    let expected = plain(&q, &k, &v, sizes, spec);
+    let scores = drawn_scores(&mut numbers, t * kv);
+    let expected = plain(&q, &k, &v, &scores, sizes, spec);
     let what = format!("attention {sizes:?} {spec:?}");
     // Behind another sequence in the batch, without a cache.
     let before = 3;
@@ -62,7 +135,9 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
         c.tensor(&join(&v, kv * d), &[rows, kv, d]),
     );
     let batch = Sequences::fresh([before, t]);
-    c.ops.attention_forward(&mut out, &qt, &kt, &vt, &batch, spec, None, None).expect(&what);
+    let marks = c.exact(&join(&scores, kv), &[rows, kv]);
+    let inputs = Attention { q: &qt, k: &kt, v: &vt, scores: Some(&marks), sequences: &batch, spec };
+    c.ops.attention_forward(&mut out, inputs, None, None).expect(&what);
     let mut own = c.poisoned(&[t, h, d]);
     c.ops.copy_rows(&mut own, &out, before).expect(&what);
     c.close(&what, &own, &expected);
@@ -71,11 +146,12 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
         if pieces.iter().sum::<usize>() != t {
             continue;
         }
-        let cache_rows = spec.window.map_or(0, |w| w + spec.sinks);
+        let cache_rows = spec.cache_rows();
         let empty = |n: usize| {
             c.ops.upload(vec![f32::NAN; 2 * kv * n * d], &[2, kv, n, d], c.ops.activations()).expect("upload")
         };
-        let mut cache = KeyValueCache { spec, keys: empty(cache_rows), values: empty(cache_rows) };
+        let held = (spec.kept > 0).then(|| c.poisoned_exact(&[2, kv, cache_rows]));
+        let mut cache = KeyValueCache { spec, keys: empty(cache_rows), values: empty(cache_rows), scores: held };
         let mut done = 0;
         let mut found = Vec::new();
         for piece in pieces.iter().copied().filter(|&p| p > 0) {
@@ -86,7 +162,9 @@ fn forward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSp
             batch.push(piece, done, 1);
             let mut out = c.poisoned(&[piece, h, d]);
             let (q, k, v) = (part(&q, h), part(&k, kv), part(&v, kv));
-            c.ops.attention_forward(&mut out, &q, &k, &v, &batch, spec, Some(&mut cache), None).expect(&what);
+            let marks = c.exact(&scores[done * kv..(done + piece) * kv], &[piece, kv]);
+            let inputs = Attention { q: &q, k: &k, v: &v, scores: Some(&marks), sequences: &batch, spec };
+            c.ops.attention_forward(&mut out, inputs, Some(&mut cache), None).expect(&what);
             found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
             done += piece;
         }
@@ -98,18 +176,18 @@ fn numbers_like(count: usize) -> Vec<f64> {
     Numbers::new(99).normal(count)
 }
 
-fn backward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionSpec) {
+fn backward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     let (t, h, kv, d) = sizes;
     let mut numbers = Numbers::new(t as u64);
     let (q, k, v) = (numbers.normal(t * h * d), numbers.normal(t * kv * d), numbers.normal(t * kv * d));
-    let dout = numbers.normal(t * h * d);
-    let f = |q: &[f64], k: &[f64], v: &[f64]| plain(q, k, v, sizes, spec);
+    let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));
+    let f = |q: &[f64], k: &[f64], v: &[f64]| plain(q, k, v, &scores, sizes, spec);
     let expected = [
         gradient(&q, &dout, |q| f(q, &k, &v)),
         gradient(&k, &dout, |k| f(&q, k, &v)),
         gradient(&v, &dout, |v| f(&q, &k, v)),
     ];
-    let found = gradients(c, sizes, spec, [&q, &k, &v], &dout);
+    let found = gradients(c, sizes, spec, [&q, &k, &v, &scores], &dout);
     for ((found, expected), name) in found.iter().zip(&expected).zip(["dq", "dk", "dv"]) {
         c.close(&format!("attention {name} {sizes:?} {spec:?}"), found, expected);
     }
@@ -117,23 +195,23 @@ fn backward(c: &Check<'_>, sizes: (usize, usize, usize, usize), spec: AttentionS
 
 fn gradients(
     c: &Check<'_>,
-    (t, h, kv, d): (usize, usize, usize, usize),
+    (t, h, kv, d): Sizes,
     spec: AttentionSpec,
-    [q, k, v]: [&[f64]; 3],
+    [q, k, v, scores]: [&[f64]; 4],
     dout: &[f64],
 ) -> [Tensor; 3] {
     let (q, k, v) = (c.tensor(q, &[t, h, d]), c.tensor(k, &[t, kv, d]), c.tensor(v, &[t, kv, d]));
-    let dout = c.tensor(dout, &[t, h, d]);
+    let (dout, scores) = (c.tensor(dout, &[t, h, d]), c.exact(scores, &[t, kv]));
     let batch = Sequences::fresh([t]);
+    let inputs = Attention { q: &q, k: &k, v: &v, scores: Some(&scores), sequences: &batch, spec };
     let mut out = c.poisoned(&[t, h, d]);
     let mut statistics = c.ops.attention_statistics(&q).expect("attention_statistics");
     let kept = statistics.as_mut();
-    c.ops.attention_forward(&mut out, &q, &k, &v, &batch, spec, None, kept).expect("attention_forward");
+    c.ops.attention_forward(&mut out, inputs, None, kept).expect("attention_forward");
     let backward = |statistics: Option<&Tensor>| {
         let (mut dq, mut dk, mut dv) = (c.poisoned(&[t, h, d]), c.poisoned(&[t, kv, d]), c.poisoned(&[t, kv, d]));
-        c.ops
-            .attention_backward(&mut dq, &mut dk, &mut dv, &q, &k, &v, &out, statistics, &dout, &batch, spec)
-            .expect("attention_backward");
+        let gradients = AttentionGradients { q: &mut dq, k: &mut dk, v: &mut dv };
+        c.ops.attention_backward(gradients, inputs, &out, statistics, &dout).expect("attention_backward");
         [dq, dk, dv]
     };
     let gradients = backward(statistics.as_ref());
@@ -147,11 +225,13 @@ fn gradients(
 /// Over several blocks of rows the gradient by v is checked exactly: the output is linear in v.
 fn long_backward(c: &Check<'_>) {
     let sizes @ (t, h, kv, d) = (150, 3, 1, 16);
-    for spec in [AttentionSpec { window: None, sinks: 0 }, AttentionSpec { window: Some(64), sinks: 4 }] {
+    let everything = AttentionSpec { window: None, sinks: 0, kept: 0 };
+    let kept = |window, sinks, kept| AttentionSpec { kept, ..AttentionSpec::window(window, sinks) };
+    for spec in [everything, AttentionSpec::window(64, 4), kept(16, 4, 12), kept(64, 4, 116), kept(8, 2, 90)] {
         let mut numbers = Numbers::new(5);
         let (q, k, v) = (numbers.normal(t * h * d), numbers.normal(t * kv * d), numbers.normal(t * kv * d));
-        let dout = numbers.normal(t * h * d);
-        let [dq, dk, dv] = gradients(c, sizes, spec, [&q, &k, &v], &dout);
+        let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));
+        let [dq, dk, dv] = gradients(c, sizes, spec, [&q, &k, &v, &scores], &dout);
         let get = |t: &liger_tensor::Tensor| c.ops.download(t).expect("download");
         for (name, grad, which) in [("dq", get(&dq), 0), ("dk", get(&dk), 1), ("dv", get(&dv), 2)] {
             // The slope along one direction through all elements.
@@ -163,7 +243,7 @@ fn long_backward(c: &Check<'_>) {
                     }
                     x.iter().zip(&direction).map(|(x, d)| x + step * d).collect()
                 };
-                let out = plain(&moved(&q, 0), &moved(&k, 1), &moved(&v, 2), sizes, spec);
+                let out = plain(&moved(&q, 0), &moved(&k, 1), &moved(&v, 2), &scores, sizes, spec);
                 out.iter().zip(&dout).map(|(o, d)| o * d).sum::<f64>()
             };
             let expected = (at(1e-5) - at(-1e-5)) / 2e-5;

@@ -2,7 +2,7 @@
 //! it stands for, which have their own checks.
 
 use liger_tensor::{
-    AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeyValueCache, LigerStep, Recurrence, Sequences,
+    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeyValueCache, LigerStep, Recurrence, Sequences,
     StepForm, StepLinear, StepOps, StepSpec, Tensor,
 };
 
@@ -33,6 +33,9 @@ pub(crate) fn check(c: &Check<'_>) {
     liger(c, steps, (1, 4, 128), mean, 4);
     liger(c, steps, (2, 3, 64), StepForm::Slots(64), 4);
     liger(c, steps, (1, 2, 32), StepForm::Slots(16), 0);
+    for (sizes, sinks) in [((2, 3, 64), 4), ((1, 4, 128), 0), ((2, 1, 24), 1)] {
+        liger(c, steps, sizes, StepForm::Kept, sinks);
+    }
 }
 
 fn bf16(c: &Check<'_>, values: &[f64], shape: &[usize]) -> Tensor {
@@ -117,15 +120,19 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
     let what = format!("a step of {kv} x {group} heads of {dim}, {form:?}, {sinks} sinks");
     let mut n = Numbers::new((kv * group * dim) as u64);
     let heads = kv * group;
-    let spec = AttentionSpec { window: Some(window), sinks };
-    let cached = [slots, kv, sinks + window, dim];
-    let cache =
-        || KeyValueCache { spec, keys: ops.zeros(&cached).expect("zeros"), values: ops.zeros(&cached).expect("zeros") };
+    let kept = if form == StepForm::Kept { 9 } else { 0 };
+    let spec = AttentionSpec { kept, ..AttentionSpec::window(window, sinks) };
+    let rows = spec.cache_rows();
+    let cached = [slots, kv, rows, dim];
+    let zeros = || ops.zeros(&cached).expect("zeros");
+    let scores = || (kept > 0).then(|| c.exact(&vec![0.0; slots * kv * rows], &[slots, kv, rows]));
+    let cache = || KeyValueCache { spec, keys: zeros(), values: zeros(), scores: scores() };
     let (fused_cache, mut plain_cache) = (cache(), cache());
     let state_shapes: Vec<[usize; 4]> = match form {
         StepForm::Off => vec![],
         StepForm::Features(_) => vec![[slots, kv, dim, dim]],
         StepForm::Slots(m) => vec![[slots, kv, dim, m], [slots, kv, m, dim]],
+        StepForm::Kept => vec![[slots, kv, 1, dim]],
     };
     let first: Vec<Vec<f64>> = state_shapes.iter().map(|s| n.normal(s.iter().product())).collect();
     let states = || -> Vec<Tensor> { first.iter().zip(&state_shapes).map(|(x, s)| c.exact(x, s)).collect() };
@@ -139,7 +146,7 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
     let spec_of_step = StepSpec { heads, kv_heads: kv, head_dim: dim, form, alpha, beta, rope_factor: 1.1, epsilon };
     let tokens = steps.tokens(texts).expect("tokens");
     assert!(steps.takes(&spec_of_step, &fused_cache), "{what}");
-    for step in 0..2 * window {
+    for step in 0..2 * window + if kept > 0 { 4 * window } else { 0 } {
         let mut sequences = Sequences::default();
         [(2, step + 100_000), (0, step)].iter().for_each(|&(slot, position)| sequences.push(1, position, slot));
         let (q, k, v) = (n.normal(texts * heads * dim), n.normal(texts * kv * dim), n.normal(texts * kv * dim));
@@ -172,9 +179,15 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
             out
         };
         let mut window = c.poisoned(&[texts, heads, dim]);
-        let cache = Some(&mut plain_cache);
-        ops.attention_forward(&mut window, &rotated(&q), &rotated(&k), &v, &sequences, spec, cache, None)
-            .expect("attention");
+        let marks = (kept > 0).then(|| {
+            let mut marks = c.poisoned_exact(&[texts, kv]);
+            ops.key_novelty(&mut marks, &k, &sequences, plain_states.first_mut()).expect("key_novelty");
+            marks
+        });
+        let (q_rotated, k_rotated) = (rotated(&q), rotated(&k));
+        let inputs =
+            Attention { q: &q_rotated, k: &k_rotated, v: &v, scores: marks.as_ref(), sequences: &sequences, spec };
+        ops.attention_forward(&mut window, inputs, Some(&mut plain_cache), None).expect("attention");
         let recurrent = recurrence(c, form, (&q, &k, &v), &sequences, &mut plain_states);
         let window = ops.download(&window).expect("download");
         let recurrent = recurrent.map_or(vec![0.0; window.len()], |r| ops.download(&r).expect("download"));
@@ -200,7 +213,7 @@ fn recurrence(
     let mut out = c.poisoned(q.shape());
     let shape = |last: usize| [q.dim(0), k.dim(1), last];
     match form {
-        StepForm::Off => return None,
+        StepForm::Off | StepForm::Kept => return None,
         StepForm::Features(spec) => {
             let (mut query, mut key) = (c.poisoned(q.shape()), c.poisoned(k.shape()));
             let mut log_gate = c.poisoned_exact(k.shape());

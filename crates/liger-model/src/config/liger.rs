@@ -19,7 +19,7 @@ pub struct LigerConfig {
     pub alpha: f32,
     /// Weight of the window branch.
     pub beta: f32,
-    /// Memory slots of gsa; the head size if `None`.
+    /// Memory slots of gsa (the head size if `None`) and of kept (116).
     pub slots: Option<usize>,
     /// Layers that keep their softmax attention over everything.
     pub softmax_layers: Vec<usize>,
@@ -28,10 +28,14 @@ pub struct LigerConfig {
 const KEYS: [&str; 7] = ["structure", "window", "sinks", "alpha", "beta", "slots", "softmax_layers"];
 
 impl LigerConfig {
-    /// The paper's form of a structure: window 64, no sinks, half and half. `mean`, which is not the paper's: four sinks, and
-    /// a tenth of the memory added to the whole window.
+    /// The paper's form of a structure: window 64, no sinks, half and half. Those that are not the paper's have four sinks;
+    /// `mean` adds a tenth of its memory to the whole window, `kept` has window and memory in one softmax.
     pub fn paper(structure: Structure) -> Self {
-        let (sinks, alpha, beta) = if structure == Structure::Mean { (4, 0.1, 1.0) } else { (0, 0.5, 0.5) };
+        let (sinks, alpha, beta) = match structure {
+            Structure::Mean => (4, 0.1, 1.0),
+            Structure::Kept => (4, 1.0, 1.0),
+            _ => (0, 0.5, 0.5),
+        };
         Self { structure, window: 64, sinks, alpha, beta, slots: None, softmax_layers: Vec::new() }
     }
 
@@ -81,8 +85,13 @@ impl LigerConfig {
 
     /// Settings that do not go together.
     pub(crate) fn check(&self, path: &Path) -> Result<()> {
-        if let (Some(slots), false) = (self.slots, self.structure == Structure::Gsa) {
-            return Err(Error::field(path, "liger.slots", slots, "null: only gsa has slots"));
+        let Self { structure, alpha, beta, .. } = *self;
+        if let (Some(slots), false) = (self.slots, matches!(structure, Structure::Gsa | Structure::Kept)) {
+            return Err(Error::field(path, "liger.slots", slots, "null: only gsa and kept have slots"));
+        }
+        if structure == Structure::Kept && !([0.0, 1.0].contains(&alpha) && beta == 1.0) {
+            let expected = "1 and 1, or 0 and 1: kept keys are part of the window's softmax, or not there";
+            return Err(Error::field(path, "liger.alpha and liger.beta", format!("{alpha} and {beta}"), expected));
         }
         Ok(())
     }

@@ -27,6 +27,8 @@ pub enum Structure {
     Rwkv6,
     /// A decayed mean with long half-lives; not the paper's.
     Mean,
+    /// Slots that keep the keys least like the others, read by the window's softmax; not the paper's.
+    Kept,
 }
 
 /// What a structure runs.
@@ -35,11 +37,14 @@ pub(crate) enum Form {
     Features(FeatureSpec),
     /// Two gated recurrences around a softmax over memory slots.
     Slots,
+    /// Slots that hold one key and value each, or let it go: a gate of 1 or 0. They are part of the window's softmax.
+    Kept,
 }
 
 impl Structure {
     /// All of them.
-    pub const ALL: [Self; 7] = [Self::Gla, Self::Hgrn2, Self::Gsa, Self::Retnet, Self::Mamba2, Self::Rwkv6, Self::Mean];
+    pub const ALL: [Self; 8] =
+        [Self::Gla, Self::Hgrn2, Self::Gsa, Self::Retnet, Self::Mamba2, Self::Rwkv6, Self::Mean, Self::Kept];
 
     /// The name in files and on the command line.
     pub fn name(self) -> &'static str {
@@ -51,6 +56,7 @@ impl Structure {
             Self::Mamba2 => "mamba2",
             Self::Rwkv6 => "rwkv6",
             Self::Mean => "mean",
+            Self::Kept => "kept",
         }
     }
 
@@ -68,6 +74,7 @@ impl Structure {
             Self::Mamba2 => Form::Features(mamba2::FEATURES),
             Self::Rwkv6 => Form::Features(rwkv6::FEATURES),
             Self::Mean => Form::Features(mean::FEATURES),
+            Self::Kept => Form::Kept,
         }
     }
 }

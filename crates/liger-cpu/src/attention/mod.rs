@@ -1,12 +1,16 @@
-//! Softmax attention over everything before, or over a window and the first tokens ("sinks").
+//! Softmax attention over everything before, or over a window, the first tokens ("sinks"), and keys that are kept.
 //!
 //! Forward and backward work on blocks of query rows of one key/value head: the visible keys are gathered, and each
 //! block is two (backward: five) matrix products with a row-wise softmax between. The query heads of a group are
 //! stacked as rows. Cost is linear in the length with a window.
 
-use liger_tensor::checks::{Heads, grown_cache_rows, same_length};
-use liger_tensor::{AttentionSpec, KeyValueCache, Result, Sequence, Sequences, Tensor};
+mod kept;
 
+use liger_tensor::checks::{self, Heads, grown_cache_rows, same_length};
+use liger_tensor::{Attention, AttentionGradients, AttentionSpec, KeyValueCache, Result, Sequence, Sequences, Tensor};
+
+pub(crate) use self::kept::novelty;
+use self::kept::{Kept, Key};
 use crate::dots;
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{matmul, rows};
@@ -38,39 +42,56 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn row(&self, position: usize) -> &[f32] {
+    fn row(&self, key: Key) -> &[f32] {
         let d = self.heads.dim;
-        match (self.past, position.checked_sub(self.sequence.position)) {
-            (_, Some(t)) => {
-                let at = kv_at(self.heads, self.sequence.start + t, self.head);
-                &self.new[at..at + d]
-            }
-            (Some(past), None) => {
-                let row = KeyValueCache::row(self.spec, position);
-                let at = ((self.sequence.slot * self.heads.kv + self.head) * self.cache_rows + row) * d;
-                &past[at..at + d]
-            }
-            (None, None) => &[],
-        }
+        let row = match key {
+            Key::At(position) => match position.checked_sub(self.sequence.position) {
+                Some(t) => {
+                    let at = kv_at(self.heads, self.sequence.start + t, self.head);
+                    return &self.new[at..at + d];
+                }
+                None => self.spec.cache_row(position),
+            },
+            Key::Slot(slot) => slot,
+        };
+        let at = ((self.sequence.slot * self.heads.kv + self.head) * self.cache_rows + row) * d;
+        self.past.map_or(&[], |past| &past[at..at + d])
     }
 
-    fn gather(&self, positions: &[usize]) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(positions.len() * self.heads.dim);
-        for &position in positions {
-            rows.extend_from_slice(self.row(position));
+    fn gather(&self, keys: &[Key]) -> Vec<f32> {
+        let mut rows = Vec::with_capacity(keys.len() * self.heads.dim);
+        for &key in keys {
+            rows.extend_from_slice(self.row(key));
         }
         rows
     }
 }
 
-/// Positions that any of the queries `from..to` sees, in order.
-fn visible(spec: AttentionSpec, oldest: usize, from: usize, to: usize) -> Vec<usize> {
-    let low = spec.window.map_or(oldest, |w| (from + 1).saturating_sub(w).max(oldest));
-    (oldest..spec.sinks.min(low).max(oldest)).chain(low..to).collect()
+/// Rows of a sequence that one task takes, `first..last` of each: none goes across the border of two stretches where keys
+/// are kept.
+fn blocks(spec: AttentionSpec, s: Sequence) -> Vec<(usize, usize)> {
+    let mut blocks = Vec::new();
+    let mut first = 0;
+    while first < s.len {
+        let stretch = spec.window.filter(|_| spec.kept > 0).map_or(BLOCK, |w| w - (s.position + first) % w);
+        let last = s.len.min(first + BLOCK.min(stretch));
+        blocks.push((first, last));
+        first = last;
+    }
+    blocks
+}
+
+/// Keys that any of the queries `from..to` sees.
+fn visible(spec: AttentionSpec, kept: Option<&Kept>, oldest: usize, from: usize, to: usize) -> Vec<Key> {
+    let low = spec.window_start(from).max(oldest);
+    if let (Some(kept), Some(window)) = (kept, spec.window) {
+        return kept.at(from / window).iter().copied().chain((low..to).map(Key::At)).collect();
+    }
+    (oldest..spec.sinks.min(low).max(oldest)).chain(low..to).map(Key::At).collect()
 }
 
 /// Scores of one block, soft-maxed: row (i, g) against the visible keys.
-fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &[usize], h: Heads) -> Vec<f32> {
+fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &[Key], h: Heads) -> Vec<f32> {
     let (group, n) = (h.group(), seen.len());
     let count = q.len() / h.dim;
     let mut scores = vec![0.0f32; count * n];
@@ -81,7 +102,9 @@ fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &
         for (r, row) in scores.chunks_exact_mut(n).enumerate() {
             let position = from + r / group;
             for (score, &key) in row.iter_mut().zip(seen) {
-                let in_window = spec.window.is_none_or(|w| position < key + w);
+                // Of a block within one stretch all queries see the same kept keys and the same window.
+                let Key::At(key) = key else { continue };
+                let in_window = spec.kept > 0 || spec.window.is_none_or(|w| position < key + w);
                 if key > position || !(in_window || key < spec.sinks) {
                     *score = f32::NEG_INFINITY;
                 }
@@ -102,31 +125,26 @@ fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<u
     rows
 }
 
-pub(crate) fn forward(
-    out: &mut Tensor,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    sequences: &Sequences,
-    spec: AttentionSpec,
-    mut cache: Option<&mut KeyValueCache>,
-) -> Result<()> {
-    let heads = Heads::of("attention_forward", q, k, sequences)?;
+pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option<&mut KeyValueCache>) -> Result<()> {
+    let Attention { q, k, v, scores, sequences, spec } = inputs;
+    let heads = checks::attention("attention_forward", &inputs, cache.is_some())?;
     same_length("attention_forward", out, q)?;
-    same_length("attention_forward", v, k)?;
+    let kept = kept::select(spec, heads, scores, sequences, cache.as_deref())?;
     let (q, k, v) = (q.as_f32()?, k.as_f32()?, v.as_f32()?);
     if let Some(cache) = cache.as_deref_mut() {
         reserve(cache, sequences, heads)?;
     }
     if let (Some(cache), true) = (cache.as_deref_mut(), sequences.list().iter().all(|s| s.len == 1)) {
-        insert(cache, k, v, sequences, heads)?;
+        kept::store(cache, &kept, (k, v), sequences, heads)?;
+        insert(cache, k, v, scores, sequences, heads)?;
         return step(out.as_f32_mut()?, q, cache, sequences, heads);
     }
 
     let mut tasks = Vec::new();
-    for sequence in sequences.list() {
+    for (index, sequence) in sequences.list().iter().enumerate() {
         for head in 0..heads.kv {
-            tasks.extend((0..sequence.len).step_by(BLOCK).map(|first| (*sequence, head, first)));
+            let kept = kept.get(index * heads.kv + head);
+            tasks.extend(blocks(spec, *sequence).into_iter().map(|block| (*sequence, head, kept, block)));
         }
     }
     let past = match cache.as_deref() {
@@ -135,8 +153,7 @@ pub(crate) fn forward(
     };
     let out = Disjoint::new(out.as_f32_mut()?);
     for_tasks(tasks.len(), |task| {
-        let (sequence, head, first) = tasks[task];
-        let last = sequence.len.min(first + BLOCK);
+        let (sequence, head, kept, (first, last)) = tasks[task];
         let source = |new, past, cache_rows| Source { new, past, cache_rows, spec, sequence, heads, head };
         let (keys, values) = match past {
             Some((keys, values, rows)) => (source(k, Some(keys), rows), source(v, Some(values), rows)),
@@ -144,7 +161,7 @@ pub(crate) fn forward(
         };
         let (from, to) = (sequence.position + first, sequence.position + last);
         let oldest = if past.is_some() { 0 } else { sequence.position };
-        let seen = visible(spec, oldest, from, to);
+        let seen = visible(spec, kept, oldest, from, to);
         let queries = gather_queries(q, heads, head, sequence.start + first..sequence.start + last);
         let p = probabilities(&queries, &keys.gather(&seen), spec, from, &seen, heads);
         let (count, d) = (queries.len() / heads.dim, heads.dim);
@@ -159,7 +176,8 @@ pub(crate) fn forward(
         }
     });
     if let Some(cache) = cache {
-        insert(cache, k, v, sequences, heads)?;
+        kept::store(cache, &kept, (k, v), sequences, heads)?;
+        insert(cache, k, v, scores, sequences, heads)?;
     }
     Ok(())
 }
@@ -182,23 +200,33 @@ fn reserve(cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Re
     Ok(())
 }
 
-/// Puts the new keys and values in; of more rows than the ring holds, only the last stay.
-fn insert(cache: &mut KeyValueCache, k: &[f32], v: &[f32], sequences: &Sequences, heads: Heads) -> Result<()> {
+/// Puts the new keys, values and scores in; of more rows than the ring holds, only the last stay.
+fn insert(
+    cache: &mut KeyValueCache,
+    k: &[f32],
+    v: &[f32],
+    scores: Option<&Tensor>,
+    sequences: &Sequences,
+    heads: Heads,
+) -> Result<()> {
     let (spec, cache_rows, d) = (cache.spec, cache.keys.dim(2), heads.dim);
-    for (tensor, new) in [(&mut cache.keys, k), (&mut cache.values, v)] {
+    let mut targets = vec![(&mut cache.keys, k, d), (&mut cache.values, v, d)];
+    if let (Some(held), Some(scores)) = (&mut cache.scores, scores) {
+        targets.push((held, scores.as_f32()?, 1));
+    }
+    for (tensor, new, width) in targets {
         let held = tensor.as_f32_mut()?;
         for s in sequences.list() {
             let end = s.position + s.len;
-            for t in 0..s.len {
-                let position = s.position + t;
-                if position >= spec.sinks && spec.window.is_some_and(|w| position + w < end) {
+            for position in s.position..end {
+                let is_sink = spec.kept == 0 && position < spec.sinks;
+                if !is_sink && position < spec.window_start(end - 1) {
                     continue;
                 }
                 for head in 0..heads.kv {
-                    let row = KeyValueCache::row(spec, position);
-                    let at = ((s.slot * heads.kv + head) * cache_rows + row) * d;
-                    let from = kv_at(heads, s.start + t, head);
-                    held[at..at + d].copy_from_slice(&new[from..from + d]);
+                    let at = ((s.slot * heads.kv + head) * cache_rows + spec.cache_row(position)) * width;
+                    let from = ((s.start + position - s.position) * heads.kv + head) * width;
+                    held[at..at + width].copy_from_slice(&new[from..from + width]);
                 }
             }
         }
@@ -214,9 +242,12 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
     let scale = 1.0 / (d as f32).sqrt();
     let mut tasks = Vec::new();
     for s in sequences.list() {
-        let valid = cache.spec.window.map_or(s.position + 1, |w| (s.position + 1).min(cache.spec.sinks + w));
+        let in_use = cache.spec.rows_in_use(s.position);
         for head in 0..heads.kv {
-            tasks.extend((0..valid).step_by(STEP_CHUNK).map(|first| (*s, head, first, valid.min(first + STEP_CHUNK))));
+            for rows in &in_use {
+                let chunks = rows.clone().step_by(STEP_CHUNK);
+                tasks.extend(chunks.map(|first| (*s, head, first, rows.end.min(first + STEP_CHUNK))));
+            }
         }
     }
     // Per task and head of the group: the maximum, the sum of exponentials, the weighted sum of values.
@@ -271,22 +302,15 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
 }
 
 /// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn backward(
-    dq: &mut Tensor,
-    dk: &mut Tensor,
-    dv: &mut Tensor,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    dout: &Tensor,
-    sequences: &Sequences,
-    spec: AttentionSpec,
-) -> Result<()> {
-    let heads = Heads::of("attention_backward", q, k, sequences)?;
-    for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q), (v, k)] {
-        same_length("attention_backward", a, b)?;
+pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>, dout: &Tensor) -> Result<()> {
+    const NAME: &str = "attention_backward";
+    let Attention { q, k, v, scores, sequences, spec } = inputs;
+    let AttentionGradients { q: dq, k: dk, v: dv } = gradients;
+    let heads = checks::attention(NAME, &inputs, false)?;
+    for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q)] {
+        same_length(NAME, a, b)?;
     }
+    let kept = kept::select(spec, heads, scores, sequences, None)?;
     let (q, k, v, dout) = (q.as_f32()?, k.as_f32()?, v.as_f32()?, dout.as_f32()?);
     let (dq, dk, dv) =
         (Disjoint::new(dq.as_f32_mut()?), Disjoint::new(dk.as_f32_mut()?), Disjoint::new(dv.as_f32_mut()?));
@@ -300,9 +324,8 @@ pub(crate) fn backward(
         // Gradients of this head's keys and values, [T, D].
         let mut all_dk = vec![0.0f32; sequence.len * d];
         let mut all_dv = vec![0.0f32; sequence.len * d];
-        for first in (0..sequence.len).step_by(BLOCK) {
-            let last = sequence.len.min(first + BLOCK);
-            let seen = visible(spec, start, start + first, start + last);
+        for (first, last) in blocks(spec, sequence) {
+            let seen = visible(spec, kept.get(task), start, start + first, start + last);
             let (keys, values) = (source(k).gather(&seen), source(v).gather(&seen));
             let block = sequence.start + first..sequence.start + last;
             let queries = gather_queries(q, heads, head, block.clone());
@@ -323,7 +346,8 @@ pub(crate) fn backward(
             let mut block_dk = vec![0.0f32; n * d];
             matmul(&mut block_dk, d, (n, d, count), rows(&ds, n).t(), rows(&queries, d), scale, false, alone);
 
-            for (i, &position) in seen.iter().enumerate() {
+            for (i, key) in seen.iter().enumerate() {
+                let Key::At(position) = *key else { continue };
                 let to = (position - start) * d..(position - start + 1) * d;
                 add_scaled(&mut all_dk[to.clone()], 1.0, &block_dk[i * d..(i + 1) * d]);
                 add_scaled(&mut all_dv[to], 1.0, &block_dv[i * d..(i + 1) * d]);

@@ -1,0 +1,189 @@
+// Which keys stay when they leave the window, the scores that say so, their move into the cache, and their gradients.
+
+struct KeptSizes {
+    int kv, dim;
+    int window, sinks, slots;  // slots: sinks and kept keys
+    int cache_rows;            // 0 without a cache
+};
+
+// As in attention.cu.
+struct BlockInfo {
+    int start, len, position, slot, first;
+};
+
+// As in recurrence.cuh: a chunk of 64 tokens.
+struct ChunkInfo {
+    int start, len;
+    int sequence;
+    int first, count;  // of the sequence's chunks
+};
+
+#define CHUNK 64
+#define WARPS 8
+#define LANE static_cast<int>(threadIdx.x & 31)
+#define WARP static_cast<int>(threadIdx.x >> 5)
+
+// One over the length of a key, by one warp; 0 for a key that is 0.
+__device__ __forceinline__ float over_length(const act* key, int dim) {
+    float sum = 0.0f;
+    for (int d = LANE; d < dim; d += 32) sum += to_float(key[d]) * to_float(key[d]);
+    sum = warp_sum(sum);
+    return sum > 0.0f ? rsqrtf(sum) : 0.0f;
+}
+
+__device__ __forceinline__ const act* key_at(const act* k, const ChunkInfo& c, int t, int head, const KeptSizes& s) {
+    return k + (static_cast<long long>(c.start + t) * s.kv + head) * s.dim;
+}
+
+// sums [chunks, K, D]: of the directions of a chunk's keys. Grid (chunks, K); shared [WARPS, D].
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    key_sums(float* sums, const act* k, const ChunkInfo* chunks, KeptSizes s) {
+    extern __shared__ float shared[];
+    ChunkInfo c = chunks[blockIdx.x];
+    int head = blockIdx.y;
+    for (int d = LANE; d < s.dim; d += 32) shared[WARP * s.dim + d] = 0.0f;
+    for (int t = WARP; t < c.len; t += WARPS) {
+        const act* key = key_at(k, c, t, head, s);
+        float scale = over_length(key, s.dim);
+        for (int d = LANE; d < s.dim; d += 32) shared[WARP * s.dim + d] += scale * to_float(key[d]);
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < s.dim; d += blockDim.x) {
+        float sum = 0.0f;
+        for (int w = 0; w < WARPS; w++) sum += shared[w * s.dim + d];
+        sums[(static_cast<long long>(blockIdx.x) * s.kv + head) * s.dim + d] = sum;
+    }
+}
+
+// scores [N, K] of the keys, from the sums of the chunks and the state [slots, K, 1, D] before them (may be null).
+// Grid (chunks, K); shared [CHUNK, D].
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    key_scores(float* scores, const act* k, const float* sums, const float* state, const int* slots, const ChunkInfo* chunks,
+               KeptSizes s) {
+    extern __shared__ float so_far[];
+    ChunkInfo c = chunks[blockIdx.x];
+    int head = blockIdx.y;
+    for (int t = WARP; t < c.len; t += WARPS) {
+        const act* key = key_at(k, c, t, head, s);
+        float scale = over_length(key, s.dim);
+        for (int d = LANE; d < s.dim; d += 32) so_far[t * s.dim + d] = scale * to_float(key[d]);
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < s.dim; d += blockDim.x) {
+        float sum = state == nullptr ? 0.0f : state[(static_cast<long long>(slots[c.sequence]) * s.kv + head) * s.dim + d];
+        for (int i = c.first; i < static_cast<int>(blockIdx.x); i++) {
+            sum += sums[(static_cast<long long>(i) * s.kv + head) * s.dim + d];
+        }
+        for (int t = 0; t < c.len; t++) so_far[t * s.dim + d] = sum += so_far[t * s.dim + d];
+    }
+    __syncthreads();
+    for (int t = WARP; t < c.len; t += WARPS) {
+        const act* key = key_at(k, c, t, head, s);
+        float along = 0.0f, length = 0.0f, norm = 0.0f;
+        for (int d = LANE; d < s.dim; d += 32) {
+            float x = to_float(key[d]), sum = so_far[t * s.dim + d];
+            along += x * sum, length += sum * sum, norm += x * x;
+        }
+        along = warp_sum(along), length = warp_sum(length) * warp_sum(norm);
+        if (LANE == 0) scores[static_cast<long long>(c.start + t) * s.kv + head] = length > 0.0f ? -along * rsqrtf(length) : 0.0f;
+    }
+}
+
+// Adds the sums of a sequence's chunks to its state. `firsts`: the first chunk of every sequence. Grid (sequences, K).
+extern "C" __global__ void key_state(float* state, const float* sums, const int* slots, const ChunkInfo* firsts, KeptSizes s) {
+    ChunkInfo c = firsts[blockIdx.x];
+    int head = blockIdx.y;
+    for (int d = threadIdx.x; d < s.dim; d += blockDim.x) {
+        float sum = 0.0f;
+        for (int i = c.first; i < c.first + c.count; i++) sum += sums[(static_cast<long long>(i) * s.kv + head) * s.dim + d];
+        state[(static_cast<long long>(slots[c.sequence]) * s.kv + head) * s.dim + d] += sum;
+    }
+}
+
+// lists [stretches, K, slots]: what the slots hold for the queries of every stretch. The scores of a cache's slots become
+// those of the last stretch. `bases`: number of the first stretch of every sequence.
+// Grid (sequences, K); shared: two arrays of `slots`, two of `window`, one of both.
+extern "C" __global__ void __launch_bounds__(256)
+    kept_select(int* lists, const float* scores, float* cached_scores, const BlockInfo* sequences, const int* bases, KeptSizes s) {
+    extern __shared__ float shared[];
+    BlockInfo b = sequences[blockIdx.x];
+    int head = blockIdx.y;
+    float* held_scores = shared;
+    float* new_scores = held_scores + s.slots;
+    int* held = reinterpret_cast<int*>(new_scores + s.window);
+    int* fresh = held + s.slots;
+    int* stays = fresh + s.window;
+    float* cached = cached_scores + (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows;
+    int taken = max(max(b.position - 1, 0) / s.window - 1, 0), before = min(s.slots, taken * s.window);
+    for (int i = threadIdx.x; i < s.slots; i += blockDim.x) {
+        held[i] = i < before ? -2 - i : EMPTY;
+        held_scores[i] = i < before ? cached[i] : NEGATIVE_INFINITY;
+    }
+    int first = b.position / s.window, last = (b.position + b.len - 1) / s.window;
+    for (int stretch = first; stretch <= last; stretch++) {
+        for (; taken + 1 < stretch; taken++) {
+            for (int j = threadIdx.x; j < s.window; j += blockDim.x) {
+                int position = taken * s.window + j, t = position - b.position, row = s.slots + position % (2 * s.window);
+                float score = t >= 0 ? scores[static_cast<long long>(b.start + t) * s.kv + head] : cached[row];
+                new_scores[j] = position < s.sinks ? -NEGATIVE_INFINITY : score;
+                fresh[j] = t >= 0 ? t : -2 - row;
+            }
+            take_in(held_scores, held, s.slots, new_scores, fresh, s.window, stays);
+        }
+        __syncthreads();
+        int* list = lists + (static_cast<long long>(bases[blockIdx.x] + stretch - first) * s.kv + head) * s.slots;
+        for (int i = threadIdx.x; i < s.slots; i += blockDim.x) list[i] = held[i];
+    }
+    if (s.cache_rows == 0) return;
+    for (int i = threadIdx.x; i < s.slots; i += blockDim.x) {
+        if (held[i] != EMPTY) cached[i] = held_scores[i];
+    }
+}
+
+// Moves what the last stretch keeps into the cache's slots; before the ring takes in what is new. Grid (sequences, K).
+extern "C" __global__ void kept_store(act* cached_k, act* cached_v, const act* k, const act* v, const int* lists,
+                                      const BlockInfo* sequences, const int* bases, KeptSizes s) {
+    BlockInfo b = sequences[blockIdx.x];
+    int head = blockIdx.y;
+    int stretch = bases[blockIdx.x] + (b.position + b.len - 1) / s.window - b.position / s.window;
+    const int* list = lists + (static_cast<long long>(stretch) * s.kv + head) * s.slots;
+    long long base = (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows;
+    for (int i = threadIdx.x; i < s.slots * s.dim; i += blockDim.x) {
+        int slot = i / s.dim, d = i % s.dim, from = list[slot];
+        if (from == EMPTY || from == -2 - slot) continue;
+        long long to = (base + slot) * s.dim + d;
+        if (from >= 0) {
+            long long at = (static_cast<long long>(b.start + from) * s.kv + head) * s.dim + d;
+            cached_k[to] = k[at], cached_v[to] = v[at];
+        } else {
+            long long at = (base - 2 - from) * s.dim + d;
+            cached_k[to] = cached_k[at], cached_v[to] = cached_v[at];
+        }
+    }
+}
+
+// Adds the gradients of what a slot held, parts [stretches, K, 2, slots, D] (dk, dv), to those of the tokens. A token has one
+// slot for as long as it stays, so that it is one thread's. Grid (sequences, K, slots).
+extern "C" __global__ void kept_add_gradients(act* dk, act* dv, const float* parts, const int* lists,
+                                              const BlockInfo* sequences, const int* bases, KeptSizes s) {
+    BlockInfo b = sequences[blockIdx.x];
+    int head = blockIdx.y, slot = blockIdx.z, count = (b.len + s.window - 1) / s.window;
+    for (int d = threadIdx.x; d < s.dim; d += blockDim.x) {
+        float sum_k = 0.0f, sum_v = 0.0f;
+        int token = EMPTY;
+        for (int stretch = 0; stretch <= count; stretch++) {
+            long long at = static_cast<long long>(bases[blockIdx.x] + stretch) * s.kv + head;
+            int now = stretch < count ? lists[at * s.slots + slot] : EMPTY;
+            if (now != token && token != EMPTY) {
+                long long to = (static_cast<long long>(b.start + token) * s.kv + head) * s.dim + d;
+                dk[to] = from_float<act>(to_float(dk[to]) + sum_k);
+                dv[to] = from_float<act>(to_float(dv[to]) + sum_v);
+                sum_k = sum_v = 0.0f;
+            }
+            token = now;
+            if (token == EMPTY) continue;
+            sum_k += parts[(at * 2 * s.slots + slot) * s.dim + d];
+            sum_v += parts[((at * 2 + 1) * s.slots + slot) * s.dim + d];
+        }
+    }
+}
