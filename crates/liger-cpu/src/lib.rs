@@ -28,8 +28,8 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks::row_range;
 use liger_tensor::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops, Pool, Recurrence,
-    RecurrenceGradients, Result, Sequences, Storage, Tensor,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
+    Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
 };
 
 /// The CPU as a device.

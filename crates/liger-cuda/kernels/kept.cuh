@@ -30,12 +30,24 @@ __device__ __forceinline__ void take_in(float* scores, int* held, int slots, con
         stays[e] = better < slots;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < slots; i += blockDim.x) {
-        if (stays[i]) continue;
-        int place = 0, j = 0;
-        for (int before = 0; before < i; before++) place += !stays[before];
-        while (j < count && (!stays[slots + j] || place-- > 0)) j++;
-        if (j < count) scores[i] = new_scores[j], held[i] = fresh[j];
+    // One warp counts the slots that become free, another what comes in: over `stays` go their lists, never ahead of what is
+    // still to be read.
+    __shared__ int moving[2];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    if (warp < 2) {
+        int begin = warp == 0 ? 0 : slots, length = warp == 0 ? slots : count, found = 0;
+        for (int at = 0; at < length; at += 32) {
+            bool there = at + lane < length && (stays[begin + min(at + lane, length - 1)] != 0) == (warp == 1);
+            u32 mask = __ballot_sync(0xffffffffu, there);
+            if (there) stays[begin + found + __popc(mask & ((1u << lane) - 1))] = at + lane;
+            found += __popc(mask);
+        }
+        if (lane == 0) moving[warp] = found;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < min(moving[0], moving[1]); i += blockDim.x) {
+        int slot = stays[i], j = stays[slots + i];
+        scores[slot] = new_scores[j], held[slot] = fresh[j];
     }
     __syncthreads();
 }

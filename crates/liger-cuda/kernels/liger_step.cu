@@ -2,7 +2,8 @@
 // the window, feature maps and gates, the recurrence, the mix. One block a text and key/value head; the query heads of the
 // group share its keys and its state.
 //
-// DIM: head size; GROUP: query heads of a key/value head; SLOTS: gsa's memory slots, 0 for a structure with feature maps.
+// DIM: head size; GROUP: query heads of a key/value head; SLOTS: gsa's memory slots, 0 for a structure with feature maps;
+// KEPT: whether slots keep keys, in the place of a recurrence.
 // Every state element is read and written once, by the same thread.
 
 #define THREADS 256
@@ -14,7 +15,7 @@
 struct StepSizes {
     int heads, kv, texts;
     int window, sinks, cache_rows;
-    int kept_slots;  // rows of the cache before a ring of two windows, where keys are kept; else 0
+    int kept_slots;  // KEPT: rows of the cache before a ring of two windows
     int query_map, key_map, gate;
     float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
@@ -123,7 +124,7 @@ template <int ROWS, int COLUMNS> struct StatePart {
 
 // Rows of the cache are as in attention.cu: the sinks, then a ring over the window; or slots, then a ring of two windows.
 __device__ __forceinline__ int cache_row(const StepSizes& s, int position) {
-    if (s.kept_slots > 0) return s.kept_slots + position % (2 * s.window);
+    if (KEPT) return s.kept_slots + position % (2 * s.window);
     return position < s.sinks ? position : s.sinks + (position - s.sinks) % s.window;
 }
 
@@ -201,9 +202,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
     long long place = static_cast<long long>(slot) * s.kv + head;
-    int own = cache_row(s, position), rows = s.kept_slots > 0 ? s.cache_rows : min(position + 1, s.sinks + s.window);
+    int own = cache_row(s, position), rows = KEPT ? s.cache_rows : min(position + 1, s.sinks + s.window);
     cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
-    if (s.kept_slots > 0) {
+    if (KEPT) {
         cached_scores += place * s.cache_rows, key_sum += place * DIM;
         keep(cached_k, cached_v, cached_scores, keys, position, s);
     }
@@ -217,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Second second;
     first.load(first_state);
     second.load(second_state);
-#else
+#elif !KEPT
     typedef StatePart<DIM, DIM> First;
     First first;
     if (first_state != nullptr) {
@@ -259,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             values[own * ROW + d] = cached_v[own * DIM + d] = new_value;
         }
     }
-    if (s.kept_slots > 0 && warp == 0) {
+    if (KEPT && warp == 0) {
         float score = novelty(m.k, key_sum);
         if (lane == 0) cached_scores[own] = score;
     }
@@ -293,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             float4 x = load4(keys + j * ROW + d), y = load4(&m.rope_q[g][d]);
             sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
         }
-        bool seen = s.kept_slots == 0 || row_in_use(position, j, s.window, s.kept_slots);
+        bool seen = !KEPT || row_in_use(position, j, s.window, s.kept_slots);
         scores[g * s.cache_rows + j] = seen ? sum : NEGATIVE_INFINITY;
     }
     __syncthreads();
@@ -316,6 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int j = 0; j < rows; j++) sum += scores[g * s.cache_rows + j] * to_float(values[j * ROW + d]);
         m.window[g][d] = sum / m.total[g];
     }
+#if !KEPT
     // The recurrence.
     if (s.alpha != 0.0f) {
 #if SLOTS > 0
@@ -327,6 +329,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         first.step<false>(first_state, m.query, m.key, m.v, m.decay, m.out, m.parts);
 #endif
     }
+#endif
     for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
         int g = i / DIM, d = i % DIM;
         float y = s.beta * m.window[g][d] + (s.alpha != 0.0f ? s.alpha * m.out[g][d] : 0.0f);

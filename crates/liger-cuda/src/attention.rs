@@ -67,12 +67,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(
-        cuda: &Cuda,
-        operation: &'static str,
-        inputs: Attention<'a>,
-        cache: Option<&KeyValueCache>,
-    ) -> Result<Self> {
+    fn new(cuda: &Cuda, operation: &'static str, inputs: Attention<'a>, cache: Option<&KeyValueCache>) -> Result<Self> {
         let heads = taken(operation, inputs.q, checks::attention(operation, &inputs, cache.is_some())?)?;
         let spec = inputs.spec;
         let kept = match (spec.window, inputs.scores) {
@@ -179,8 +174,7 @@ pub(crate) fn backward(
         args.extend(arrays);
         args.push(Arg::Words(&words));
         let shared = shared_bytes(cuda.activations, tiles, &[]);
-        let launch =
-            Launch { grid: (grid[0] as u32, heads.kv as u32, grid[1] as u32), block: (THREADS, 1), shared };
+        let launch = Launch { grid: (grid[0] as u32, heads.kv as u32, grid[1] as u32), block: (THREADS, 1), shared };
         cuda.attention_kernel(name, &call, launch, &args)
     };
     let tiles = [(2 * ROWS + 4 * QUERIES, padded), (2 * ROWS, MOST_SINKS)];
@@ -207,13 +201,7 @@ pub(crate) fn backward(
 
 impl Cuda {
     /// `lse` is where the rows' log-sum-exp goes, 0 for nowhere.
-    fn attention_blocks(
-        &self,
-        out: &Tensor,
-        call: &Call<'_>,
-        cache: Option<&KeyValueCache>,
-        lse: u64,
-    ) -> Result<()> {
+    fn attention_blocks(&self, out: &Tensor, call: &Call<'_>, cache: Option<&KeyValueCache>, lse: u64) -> Result<()> {
         const NAME: &str = "attention_forward";
         let (Attention { q, k, v, spec, .. }, heads) = (call.inputs, call.heads);
         let (cached, cache_rows) = match cache {

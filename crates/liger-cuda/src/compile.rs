@@ -113,7 +113,7 @@ impl Source {
     pub fn sizes(self) -> &'static [&'static str] {
         match self {
             Self::Attention => &["DIM", "GROUP", "KEPT"],
-            Self::LigerStep => &["DIM", "GROUP", "SLOTS"],
+            Self::LigerStep => &["DIM", "GROUP", "SLOTS", "KEPT"],
             Self::LowRank => &["RANK", "PROJECTIONS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
                 &["DK", "DV", "GROUP", "SLICE", "AXIS"]

@@ -27,8 +27,8 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks;
 use liger_tensor::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
-    Recurrence, RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error, FeatureSpec, Gemm,
+    KeyValueCache, Ops, Recurrence, RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
 };
 
 use batch::{Batch, Batches};

@@ -274,7 +274,7 @@ impl StepOps for Cuda {
             Arg::Pointer(block(NAME, tokens)?.pointer),
             Arg::Words(&words),
         ];
-        let sizes = [spec.head_dim, spec.heads / spec.kv_heads, slots(&spec), 0, 0];
+        let sizes = [spec.head_dim, spec.heads / spec.kv_heads, slots(&spec), usize::from(kept_slots > 0), 0];
         let launch = Launch {
             grid: (spec.kv_heads as u32, texts as u32, 1),
             block: (256, 1),

@@ -2,8 +2,8 @@
 //! it stands for, which have their own checks.
 
 use liger_tensor::{
-    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeyValueCache, LigerStep, Recurrence, Sequences,
-    StepForm, StepLinear, StepOps, StepSpec, Tensor,
+    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeyValueCache, LigerStep, Recurrence,
+    Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
 };
 
 use crate::plain::{matmul, sigmoid, transpose};

@@ -108,7 +108,8 @@ pub(super) fn select(
 }
 
 fn cached_scores(cache: &KeyValueCache) -> Result<&Tensor> {
-    let missing = Error::Storage { operation: "attention_forward", found: "no scores", expected: "a cache with scores" };
+    let missing =
+        Error::Storage { operation: "attention_forward", found: "no scores", expected: "a cache with scores" };
     cache.scores.as_ref().ok_or(missing)
 }
 

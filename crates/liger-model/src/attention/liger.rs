@@ -1,7 +1,8 @@
 //! Liger Attention: `alpha * recurrent + beta * window` (arXiv 2503.01496, equation 9).
 
 use liger_tensor::{
-    Attention, AttentionGradients, AttentionSpec, GateAxis, KeyValueCache, Ops, Recurrence, RecurrenceGradients, Sequences, Tensor,
+    Attention, AttentionGradients, AttentionSpec, GateAxis, KeyValueCache, Ops, Recurrence, RecurrenceGradients,
+    Sequences, Tensor,
 };
 
 use super::structures::{Form, Slots, SlotsGradients, Structure};
@@ -139,12 +140,7 @@ impl Liger {
         Ok((mixed, LigerActivations { window, statistics, scores, recurrent: Some(recurrent), branch }))
     }
 
-    fn windowed<'a>(
-        &self,
-        x: &Projected<'a>,
-        scores: Option<&'a Tensor>,
-        sequences: &'a Sequences,
-    ) -> Attention<'a> {
+    fn windowed<'a>(&self, x: &Projected<'a>, scores: Option<&'a Tensor>, sequences: &'a Sequences) -> Attention<'a> {
         Attention { q: x.rope_q, k: x.rope_k, v: x.v, scores, sequences, spec: self.spec }
     }
 
