@@ -28,6 +28,9 @@ pub(crate) struct Stretches {
     pub(crate) sequence_count: usize,
 }
 
+/// Stretches by their size and that of a block.
+type KnownStretches = ((usize, usize), Arc<Stretches>);
+
 /// The arrays of one batch.
 pub(crate) struct Batch {
     sequences: Sequences,
@@ -44,8 +47,7 @@ pub(crate) struct Batch {
     pub(crate) rows: Block,
     /// By the size of a block: `BlockInfo` of every one, and their number.
     blocks: Mutex<Vec<(usize, Blocks)>>,
-    /// By the size of a stretch and of a block.
-    stretches: Mutex<Vec<((usize, usize), Arc<Stretches>)>>,
+    stretches: Mutex<Vec<KnownStretches>>,
 }
 
 impl Batch {

@@ -34,6 +34,6 @@ pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generator, StopStrings};
 pub use sampling::Sampling;
 pub use shapes::{RandomWeights, SHAPES};
-pub use state::State;
+pub use state::{State, state_elements};
 pub use tokenizer::{ChatTemplate, Message, TextStream, Tokenizer};
 pub use weights::{TensorSource, Weights};

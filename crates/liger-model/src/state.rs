@@ -32,6 +32,23 @@ pub(crate) struct LayerState {
     pub(crate) recurrent: Vec<Tensor>,
 }
 
+/// Elements of a text's state after `tokens` tokens, all layers together.
+pub fn state_elements(config: &ModelConfig, tokens: usize) -> usize {
+    let (kv, d) = (config.num_kv_heads, config.head_dim);
+    let of_layer = |mixer: &Mixer| {
+        let spec = mixer.spec();
+        let rows = if spec.window.is_some() { spec.cache_rows() } else { tokens };
+        // Of the base model's own sliding window, only what there is.
+        let rows = if let Mixer::Softmax(_) = mixer { rows.min(tokens) } else { rows };
+        let recurrent = match mixer {
+            Mixer::Liger(liger) => liger.state_shapes(config).iter().map(|shape| shape.iter().product::<usize>()).sum(),
+            Mixer::Softmax(_) => 0,
+        };
+        2 * kv * rows * d + if spec.kept > 0 { kv * rows } else { 0 } + recurrent
+    };
+    Mixer::of(config).iter().map(of_layer).sum()
+}
+
 impl State {
     pub(crate) fn new(mixers: &[Mixer], config: &ModelConfig, ops: &dyn Ops, slots: usize) -> Result<Self> {
         let zeros = |shape: &[usize]| ops.upload(vec![0.0; shape.iter().product()], shape, DType::F32);

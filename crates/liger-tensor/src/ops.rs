@@ -77,20 +77,19 @@ impl AttentionSpec {
         }
     }
 
-    /// Rows of a cache that the token at `position` sees, its own already there.
-    pub fn rows_in_use(self, position: usize) -> Vec<Range<usize>> {
-        let Some(window) = self.window else { return vec![0..position + 1] };
+    /// Rows of a cache that the token at `position` sees, its own already there; some of the ranges may be empty.
+    pub fn rows_in_use(self, position: usize) -> [Range<usize>; 3] {
+        let Some(window) = self.window else { return [0..position + 1, 0..0, 0..0] };
         if self.kept == 0 {
-            return vec![0..(position + 1).min(self.sinks + window)];
+            return [0..(position + 1).min(self.sinks + window), 0..0, 0..0];
         }
         let (stretch, own) = (position / window, position % window + 1);
         let start = |stretch: usize| self.slots() + stretch % 2 * window;
-        let mut rows = vec![start(stretch)..start(stretch) + own];
-        if stretch > 0 {
-            rows.push(start(stretch - 1)..start(stretch - 1) + window);
-            rows.push(0..self.slots().min((stretch - 1) * window));
+        let newest = start(stretch)..start(stretch) + own;
+        match stretch.checked_sub(1) {
+            Some(last) => [0..self.slots().min(last * window), start(last)..start(last) + window, newest],
+            None => [0..0, 0..0, newest],
         }
-        rows
     }
 
     /// First position of the window of the query at `position`.

@@ -25,7 +25,7 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LigerRecipe {
-    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean.
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept.
     pub structure: String,
     /// Keys that the softmax window sees.
     #[serde(default = "default_window")]
@@ -39,7 +39,7 @@ pub struct LigerRecipe {
     /// Weight of the window branch.
     #[serde(default = "half")]
     pub beta: f32,
-    /// Memory slots of gsa.
+    /// Memory slots of gsa and kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<usize>,
     /// Layers that keep softmax attention.
@@ -231,7 +231,7 @@ impl Recipe {
         let fail = |field, found: String, expected| Err(Error::Setting { field, found, expected });
         let t = &self.train;
         if Structure::from_name(&self.liger.structure).is_none() {
-            let expected = "gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean";
+            let expected = "gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept";
             return fail("liger.structure", format!("`{}`", self.liger.structure), expected);
         }
         for (field, size) in [
@@ -256,6 +256,11 @@ impl Recipe {
         if !(t.learning_rate >= 0.0 && t.learning_rate.is_finite()) {
             return fail("train.learning_rate", t.learning_rate.to_string(), "a number that is not negative");
         }
+        let (alpha, beta) = (self.liger.alpha, self.liger.beta);
+        if self.liger.structure == Structure::Kept.name() && (alpha, beta) != (1.0, 1.0) {
+            let expected = "1 and 1: kept has one softmax over window and memory";
+            return fail("liger.alpha and liger.beta", format!("{alpha} and {beta}"), expected);
+        }
         if self.lora.targets.is_empty() {
             return fail("lora.targets", "nothing".into(), "some of q_proj, k_proj, v_proj, o_proj");
         }
@@ -263,6 +268,18 @@ impl Recipe {
             return fail("lora.targets", format!("`{name}`"), "some of q_proj, k_proj, v_proj, o_proj");
         }
         Ok(())
+    }
+
+    /// Another structure, with the sinks and weights that it has of its own; a name that is none is for [`Recipe::check`].
+    pub fn set_structure(&mut self, name: &str) {
+        if name == self.liger.structure {
+            return;
+        }
+        name.clone_into(&mut self.liger.structure);
+        if let Some(structure) = Structure::from_name(name) {
+            let LigerConfig { sinks, alpha, beta, .. } = LigerConfig::paper(structure);
+            self.liger = LigerRecipe { sinks, alpha, beta, slots: None, ..self.liger.clone() };
+        }
     }
 
     /// The settings of the attention.

@@ -22,7 +22,7 @@ fn student(recipe: &Recipe) -> Decoder {
 fn recipe(objective: Objective) -> Recipe {
     let mut recipe = Recipe::load("default").unwrap();
     recipe.liger.window = 16;
-    (recipe.liger.alpha, recipe.liger.beta) = (0.5, 0.5);
+    recipe.set_structure("gla");
     recipe.lora.rank = 4;
     recipe.lora.dropout = 0.1;
     recipe.data.length = 48;

@@ -25,22 +25,22 @@ pub struct Args {
 /// The form that the attention takes.
 #[derive(clap::Args)]
 pub struct FormArgs {
-    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept
     #[arg(long, default_value = "gla")]
     structure: String,
     /// Keys that the softmax window sees
     #[arg(long, default_value_t = 64)]
     window: usize,
-    /// First tokens that stay visible
-    #[arg(long, default_value_t = 0)]
-    sinks: usize,
-    /// Weight of the recurrent branch
-    #[arg(long, default_value_t = 0.5)]
-    alpha: f32,
-    /// Weight of the window branch
-    #[arg(long, default_value_t = 0.5)]
-    beta: f32,
-    /// Memory slots of gsa [default: the head size]
+    /// First tokens that stay visible [default: 0; mean and kept: 4]
+    #[arg(long)]
+    sinks: Option<usize>,
+    /// Weight of the recurrent branch [default: 0.5; mean: 0.1; kept: 1]
+    #[arg(long)]
+    alpha: Option<f32>,
+    /// Weight of the window branch [default: 0.5; mean and kept: 1]
+    #[arg(long)]
+    beta: Option<f32>,
+    /// Memory slots of gsa [default: the head size] and of kept [default: 116]
     #[arg(long)]
     slots: Option<usize>,
     /// Layers that keep softmax attention
@@ -50,7 +50,7 @@ pub struct FormArgs {
 
 impl FormArgs {
     fn config(&self, layers: usize) -> Result<LigerConfig> {
-        let Self { window, sinks, alpha, beta, slots, ref softmax_layers, .. } = *self;
+        let Self { window, slots, ref softmax_layers, .. } = *self;
         let Some(structure) = Structure::from_name(&self.structure) else {
             let known = Structure::ALL.map(Structure::name).join(", ");
             bail!("--structure: found `{}`, expected one of {known}", self.structure);
@@ -58,11 +58,19 @@ impl FormArgs {
         if window == 0 {
             bail!("--window: found 0, expected at least 1");
         }
-        if slots.is_some() && structure != Structure::Gsa || slots == Some(0) {
-            bail!("--slots: only gsa has slots, at least one");
+        if slots.is_some() && !matches!(structure, Structure::Gsa | Structure::Kept) || slots == Some(0) {
+            bail!("--slots: only gsa and kept have slots, at least one");
         }
         if let Some(layer) = softmax_layers.iter().find(|&&layer| layer >= layers) {
             bail!("--softmax-layers: found {layer}, expected layers below {layers}");
+        }
+        let own = LigerConfig::paper(structure);
+        let (sinks, alpha) = (self.sinks.unwrap_or(own.sinks), self.alpha.unwrap_or(own.alpha));
+        let beta = self.beta.unwrap_or(own.beta);
+        if structure == Structure::Kept && (alpha, beta) != (own.alpha, own.beta) {
+            bail!(
+                "--alpha, --beta: found {alpha} and {beta}, expected 1 and 1: kept has one softmax over window and memory"
+            );
         }
         Ok(LigerConfig { structure, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() })
     }

@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(long, default_value_t = 4)]
     pieces: usize,
     /// The model with other attention: as-is; base (softmax); window, sinks (a window of 64 alone, with 4 sinks); gla, hgrn2,
-    /// gsa, retnet, mamba2, rwkv6 (the paper's form); mean; no-recurrence, no-window, no-sinks
+    /// gsa, retnet, mamba2, rwkv6 (the paper's form); mean; kept; no-recurrence, no-window, no-sinks
     #[arg(long, value_delimiter = ',', default_value = "as-is")]
     variants: Vec<String>,
     /// Tokens of the texts of passkey, needle and mqar
@@ -210,6 +210,9 @@ fn variant(name: &str, own: Option<&LigerConfig>) -> Result<Option<LigerConfig>>
         "window" => Ok(window(0)),
         "sinks" => Ok(window(own.map_or(4, |own| own.sinks.max(4)))),
         "no-recurrence" => of_liger(&|own| LigerConfig { alpha: 0.0, ..own }),
+        "no-window" if base.structure == Structure::Kept => {
+            bail!("--variants: kept has one softmax over window and memory: there is no `no-window`")
+        }
         "no-window" => of_liger(&|own| LigerConfig { beta: 0.0, ..own }),
         "no-sinks" => of_liger(&|own| LigerConfig { sinks: 0, ..own }),
         _ => match Structure::from_name(name) {

@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use liger_eval::Table;
-use liger_model::{LigerConfig, ModelConfig};
+use liger_model::LigerConfig;
 use serde_json::json;
 
 use crate::common::{mebibytes, print};
@@ -21,29 +21,6 @@ pub struct Args {
     json: bool,
 }
 
-/// Float32 elements of a text's state after `tokens` tokens.
-fn state_elements(config: &ModelConfig, tokens: usize) -> usize {
-    let row = 2 * config.num_kv_heads * config.head_dim;
-    (0..config.num_layers)
-        .map(|layer| match &config.liger {
-            Some(liger) if !liger.softmax_layers.contains(&layer) => {
-                (liger.window + liger.sinks) * row + recurrent_elements(config, liger)
-            }
-            _ => config.sliding_windows[layer].map_or(tokens, |window| window.min(tokens)) * row,
-        })
-        .sum()
-}
-
-fn recurrent_elements(config: &ModelConfig, liger: &LigerConfig) -> usize {
-    let d = config.head_dim;
-    let state = match liger.structure {
-        _ if liger.alpha == 0.0 => 0,
-        liger_model::Structure::Gsa => 2 * d * liger.slots.unwrap_or(d),
-        _ => d * d,
-    };
-    config.num_kv_heads * state
-}
-
 pub fn run(args: &Args) -> Result<()> {
     let checkpoint = crate::hub::open(&args.model)?;
     let config = &checkpoint.config;
@@ -52,12 +29,12 @@ pub fn run(args: &Args) -> Result<()> {
     let memory = args.memory * 1024.0 * 1024.0 * 1024.0;
     let fits = |tokens: usize| {
         let left = memory - (parameters * 4) as f64;
-        (left.max(0.0) / (state_elements(config, tokens) * 4) as f64).floor() as u64
+        (left.max(0.0) / (liger_model::state_elements(config, tokens) * 4) as f64).floor() as u64
     };
     if args.json {
         let states: Vec<_> = lengths
             .iter()
-            .map(|&n| json!({"tokens": n, "bytes": state_elements(config, n) * 4, "texts_that_fit": fits(n)}))
+            .map(|&n| json!({"tokens": n, "bytes": liger_model::state_elements(config, n) * 4, "texts_that_fit": fits(n)}))
             .collect();
         let info = json!({
             "family": config.family.name(), "parameters": parameters, "layers": config.num_layers,
@@ -82,7 +59,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let mut table = Table::new(["after", "state of a text", &format!("texts in {} GiB", args.memory)]);
     for tokens in lengths {
-        let bytes = state_elements(config, tokens) * 4;
+        let bytes = liger_model::state_elements(config, tokens) * 4;
         table.row([format!("{tokens} tokens"), mebibytes(bytes), fits(tokens).to_string()]);
     }
     print(&format!(

@@ -29,7 +29,7 @@ pub struct Args {
     /// A recipe by name (default, paper, quickstart) or a TOML file
     #[arg(long, default_value = "default")]
     recipe: String,
-    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6 or mean [default: the recipe's]
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept, with its own sinks and weights [default: the recipe's]
     #[arg(long)]
     structure: Option<String>,
     /// Tokens to tune on, such as 50K or 20M [default: the recipe's]
@@ -82,7 +82,7 @@ impl Args {
     fn recipe(&self) -> Result<Recipe> {
         let mut recipe = Recipe::load(&self.recipe)?;
         if let Some(structure) = &self.structure {
-            recipe.liger.structure.clone_from(structure);
+            recipe.set_structure(structure);
         }
         recipe.train.tokens = self.tokens.unwrap_or(recipe.train.tokens);
         recipe.train.seed = self.seed.unwrap_or(recipe.train.seed);

@@ -148,7 +148,7 @@ pub(crate) fn novelty(
     scores: &mut Tensor,
     k: &Tensor,
     sequences: &Sequences,
-    mut state: Option<&mut Tensor>,
+    state: Option<&mut Tensor>,
 ) -> Result<()> {
     let heads = Heads::of("key_novelty", k, k, sequences)?;
     let d = heads.dim;
@@ -185,7 +185,7 @@ pub(crate) fn novelty(
             own[0] = score;
         }
     });
-    if let Some(state) = state.as_deref_mut() {
+    if let Some(state) = state {
         let state = state.as_f32_mut()?;
         for (s, sums) in sequences.list().iter().zip(sums.chunks_exact(heads.kv * d)) {
             state[s.slot * heads.kv * d..][..heads.kv * d].copy_from_slice(sums);
