@@ -1,9 +1,11 @@
 // Which keys stay when they leave the window, the scores that say so, their move into the cache, and their gradients.
 
 struct KeptSizes {
-    int kv, dim;
+    int heads, kv, dim;
     int window, sinks, slots;  // slots: sinks and kept keys
     int cache_rows;            // 0 without a cache
+    int by_score;              // slots whose keys stay for their scores
+    float scale;               // of the sum of a stretch's queries times a key
 };
 
 // As in attention.cu.
@@ -100,35 +102,63 @@ extern "C" __global__ void key_state(float* state, const float* sums, const int*
     }
 }
 
+// sums [stretches, H, D] of the queries of every stretch; the first of a sequence goes on with what the cache remembers
+// [slots, H, D] (may be null). Grid (stretches, H).
+extern "C" __global__ void query_sums(float* sums, const act* q, const float* remembered, const BlockInfo* stretches, KeptSizes s) {
+    BlockInfo b = stretches[blockIdx.x];
+    int head = blockIdx.y, position = b.position + b.first, tokens = min(b.len - b.first, s.window - position % s.window);
+    for (int d = threadIdx.x; d < s.dim; d += blockDim.x) {
+        bool goes_on = remembered != nullptr && position % s.window != 0;
+        float sum = goes_on ? remembered[(static_cast<long long>(b.slot) * s.heads + head) * s.dim + d] : 0.0f;
+        const act* from = q + (static_cast<long long>(b.start + b.first) * s.heads + head) * s.dim + d;
+        for (int t = 0; t < tokens; t++) sum += to_float(from[static_cast<long long>(t) * s.heads * s.dim]);
+        sums[(static_cast<long long>(blockIdx.x) * s.heads + head) * s.dim + d] = sum;
+    }
+}
+
 // lists [stretches, K, slots]: what the slots hold for the queries of every stretch. The scores of a cache's slots become
-// those of the last stretch. `bases`: number of the first stretch of every sequence.
-// Grid (sequences, K); shared: two arrays of `slots`, two of `window`, one of both.
-extern "C" __global__ void __launch_bounds__(256)
-    kept_select(int* lists, const float* scores, float* cached_scores, const BlockInfo* sequences, const int* bases, KeptSizes s) {
+// those of the last stretch. scores [N, K], sums [stretches, H, D]; cached_scores, remembered and cached_k are the cache's, null
+// without one. `bases`: number of the first stretch of every sequence.
+// Grid (sequences, K); shared: four arrays of `slots` and a window's tokens, and the queries of a group.
+extern "C" __global__ void __launch_bounds__(512)
+    kept_select(int* lists, float* cached_scores, const float* fresh_scores, const float* sums, const float* remembered,
+                const act* k, const act* cached_k, const BlockInfo* sequences, const int* bases, KeptSizes s) {
     extern __shared__ float shared[];
     BlockInfo b = sequences[blockIdx.x];
-    int head = blockIdx.y;
-    float* held_scores = shared;
-    float* new_scores = held_scores + s.slots;
-    int* held = reinterpret_cast<int*>(new_scores + s.window);
-    int* fresh = held + s.slots;
-    int* stays = fresh + s.window;
-    float* cached = cached_scores + (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows;
+    int head = blockIdx.y, group = s.heads / s.kv, all = s.slots + s.window;
+    float *scores = shared, *liked = scores + all, *queries = liked + all;
+    int *held = reinterpret_cast<int*>(queries + group * s.dim), *stays = held + all;
+    long long place = static_cast<long long>(b.slot) * s.kv + head;
+    float* cached = cached_scores + place * s.cache_rows;
     int taken = max(max(b.position - 1, 0) / s.window - 1, 0), before = min(s.slots, taken * s.window);
     for (int i = threadIdx.x; i < s.slots; i += blockDim.x) {
         held[i] = i < before ? -2 - i : EMPTY;
-        held_scores[i] = i < before ? cached[i] : NEGATIVE_INFINITY;
+        scores[i] = i < before ? cached[i] : NEGATIVE_INFINITY;
     }
     int first = b.position / s.window, last = (b.position + b.len - 1) / s.window;
     for (int stretch = first; stretch <= last; stretch++) {
-        for (; taken + 1 < stretch; taken++) {
+        if (taken + 1 < stretch) {
+            __syncthreads();
             for (int j = threadIdx.x; j < s.window; j += blockDim.x) {
                 int position = taken * s.window + j, t = position - b.position, row = s.slots + position % (2 * s.window);
-                float score = t >= 0 ? scores[static_cast<long long>(b.start + t) * s.kv + head] : cached[row];
-                new_scores[j] = position < s.sinks ? -NEGATIVE_INFINITY : score;
-                fresh[j] = t >= 0 ? t : -2 - row;
+                float score = t >= 0 ? fresh_scores[static_cast<long long>(b.start + t) * s.kv + head] : cached[row];
+                scores[s.slots + j] = position < s.sinks ? -NEGATIVE_INFINITY : score;
+                held[s.slots + j] = t >= 0 ? t : -2 - row;
             }
-            take_in(held_scores, held, s.slots, new_scores, fresh, s.window, stays);
+            const float* sum = stretch > first
+                ? sums + (static_cast<long long>(bases[blockIdx.x] + stretch - 1 - first) * s.kv + head) * group * s.dim
+                : remembered + place * group * s.dim;
+            for (int i = threadIdx.x; i < group * s.dim; i += blockDim.x) queries[i] = sum[i];
+            __syncthreads();
+            for (int e = WARP; e < all; e += blockDim.x / 32) {
+                int at = held[e];
+                const act* key = at >= 0 ? k + (static_cast<long long>(b.start + at) * s.kv + head) * s.dim
+                                         : cached_k + (place * s.cache_rows - 2 - at) * s.dim;
+                float value = at == EMPTY ? NEGATIVE_INFINITY : liking(key, queries, group, s.dim, s.scale);
+                if (LANE == 0) liked[e] = value;
+            }
+            take_in(scores, liked, held, s.slots, s.window, s.by_score, stays);
+            taken++;
         }
         __syncthreads();
         int* list = lists + (static_cast<long long>(bases[blockIdx.x] + stretch - first) * s.kv + head) * s.slots;
@@ -136,17 +166,24 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     if (s.cache_rows == 0) return;
     for (int i = threadIdx.x; i < s.slots; i += blockDim.x) {
-        if (held[i] != EMPTY) cached[i] = held_scores[i];
+        if (held[i] != EMPTY) cached[i] = scores[i];
     }
 }
 
-// Moves what the last stretch keeps into the cache's slots; before the ring takes in what is new. Grid (sequences, K).
-extern "C" __global__ void kept_store(act* cached_k, act* cached_v, const act* k, const act* v, const int* lists,
-                                      const BlockInfo* sequences, const int* bases, KeptSizes s) {
+// Moves what the last stretch keeps into the cache's slots, before the ring takes in what is new, and remembers the sum of its
+// queries. Grid (sequences, K).
+extern "C" __global__ void kept_store(act* cached_k, act* cached_v, float* remembered, const act* k, const act* v,
+                                      const float* sums, const int* lists, const BlockInfo* sequences, const int* bases,
+                                      KeptSizes s) {
     BlockInfo b = sequences[blockIdx.x];
     int head = blockIdx.y;
     int stretch = bases[blockIdx.x] + (b.position + b.len - 1) / s.window - b.position / s.window;
     const int* list = lists + (static_cast<long long>(stretch) * s.kv + head) * s.slots;
+    int width = s.heads / s.kv * s.dim;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        remembered[(static_cast<long long>(b.slot) * s.kv + head) * width + i] =
+            sums[(static_cast<long long>(stretch) * s.kv + head) * width + i];
+    }
     long long base = (static_cast<long long>(b.slot) * s.kv + head) * s.cache_rows;
     for (int i = threadIdx.x; i < s.slots * s.dim; i += blockDim.x) {
         int slot = i / s.dim, d = i % s.dim, from = list[slot];

@@ -15,20 +15,43 @@ __device__ __forceinline__ bool row_in_use(int position, int row, int window, in
     return half == stretch % 2 ? (row - slots) % window <= position % window : stretch > 0;
 }
 
-// Of `slots` keys that are held and `count` new ones the best stay; those that come in take the places of those that go, in
-// order. Of equal scores the held come first, the last slot before the first one, then the new in their order. All arrays are
-// in shared memory, `stays [slots + count]`; the whole block calls it.
-__device__ __forceinline__ void take_in(float* scores, int* held, int slots, const float* new_scores, const int* fresh, int count,
-                                        int* stays) {
+// log sum over `group` heads of exp(mean query . key * scale), by one warp; means [group, dim] in shared memory.
+__device__ __forceinline__ float liking(const act* key, const float* means, int group, int dim, float scale) {
+    int lane = threadIdx.x & 31;
+    float best = NEGATIVE_INFINITY, sum = 0.0f;
+    for (int g = 0; g < group; g++) {
+        float dot = 0.0f;
+        for (int d = lane; d < dim; d += 32) dot += means[g * dim + d] * to_float(key[d]);
+        dot = warp_sum(dot) * scale;
+        float top = fmaxf(best, dot);
+        sum = sum * expf(best - top) + expf(dot - top), best = top;
+    }
+    return best + logf(sum);
+}
+
+// For each of `count` values, whether it is among the `most` largest. Of equal ones the held come first, the last slot before
+// the first one, then the new in their order.
+__device__ __forceinline__ bool is_among(const float* values, int slots, int count, int e, int most) {
+    float own = values[e];
+    bool is_held = e < slots;
+    int better = 0;
+    for (int i = 0; i < slots; i++) better += values[i] > own || (values[i] == own && (!is_held || i > e));
+    for (int j = slots; j < slots + count; j++) better += values[j] > own || (values[j] == own && !is_held && j < e);
+    return better < most;
+}
+
+// Of `slots` keys that are held and `count` new ones, `by_score` stay for their scores [slots + count], the others for
+// `liked [slots + count]`, which is overwritten; those that come in take the places of those that go, in order. held [slots +
+// count]: what the slots hold, and then what is new. All arrays are in shared memory; the whole block calls it.
+__device__ __forceinline__ void take_in(float* scores, float* liked, int* held, int slots, int count, int by_score, int* stays) {
+    __syncthreads();
+    for (int e = threadIdx.x; e < slots + count; e += blockDim.x) stays[e] = is_among(scores, slots, count, e, by_score);
     __syncthreads();
     for (int e = threadIdx.x; e < slots + count; e += blockDim.x) {
-        bool is_held = e < slots;
-        float own = is_held ? scores[e] : new_scores[e - slots];
-        int better = 0;
-        for (int i = 0; i < slots; i++) better += scores[i] > own || (scores[i] == own && (!is_held || i > e));
-        for (int j = 0; j < count; j++) better += new_scores[j] > own || (new_scores[j] == own && !is_held && j < e - slots);
-        stays[e] = better < slots;
+        if (stays[e]) liked[e] = -NEGATIVE_INFINITY;
     }
+    __syncthreads();
+    for (int e = threadIdx.x; e < slots + count; e += blockDim.x) stays[e] = is_among(liked, slots, count, e, slots);
     __syncthreads();
     // One warp counts the slots that become free, another what comes in: over `stays` go their lists, never ahead of what is
     // still to be read.
@@ -47,7 +70,7 @@ __device__ __forceinline__ void take_in(float* scores, int* held, int slots, con
     __syncthreads();
     for (int i = threadIdx.x; i < min(moving[0], moving[1]); i += blockDim.x) {
         int slot = stays[i], j = stays[slots + i];
-        scores[slot] = new_scores[j], held[slot] = fresh[j];
+        scores[slot] = scores[slots + j], held[slot] = held[slots + j];
     }
     __syncthreads();
 }

@@ -15,7 +15,7 @@
 struct StepSizes {
     int heads, kv, texts;
     int window, sinks, cache_rows;
-    int kept_slots;  // KEPT: rows of the cache before a ring of two windows
+    int kept_slots, by_score;  // KEPT: rows of the cache before a ring of two windows; those whose keys stay for their scores
     int query_map, key_map, gate;
     float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
@@ -138,25 +138,34 @@ __device__ __forceinline__ void fetch_rows(act* to, const act* from, int rows) {
 }
 
 // Keys of one head that stay: when a stretch begins, the slots take in the one before the last, whose rows of the ring are
-// about to be written over. `shared` has 12 bytes for each slot and each token of a window.
-__device__ __forceinline__ void keep(act* keys, act* values, float* cached_scores, void* shared, int position,
-                                     const StepSizes& s) {
+// about to be written over. `shared` has 16 bytes for each slot and each token of a window, and room for the sum of the last
+// stretch's queries [GROUP, DIM].
+__device__ __forceinline__ void keep(act* keys, act* values, float* cached_scores, const float* query_sum, void* shared,
+                                     int position, const StepSizes& s) {
     if (position % s.window != 0 || position < 2 * s.window) return;
-    int slots = s.kept_slots, window = s.window;
+    int slots = s.kept_slots, window = s.window, all = slots + window;
     float* scores = static_cast<float*>(shared);
-    float* new_scores = scores + slots;
-    int* held = reinterpret_cast<int*>(new_scores + window);
-    int* fresh = held + slots;
+    float *liked = scores + all, *queries = liked + all;
+    int *held = reinterpret_cast<int*>(queries + GROUP * DIM), *stays = held + all;
     int taken = position / window - 2, filled = min(slots, taken * window), ring = slots + taken % 2 * window;
+    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) queries[i] = query_sum[i];
     for (int i = threadIdx.x; i < slots; i += THREADS) {
         held[i] = EMPTY, scores[i] = i < filled ? cached_scores[i] : NEGATIVE_INFINITY;
     }
     for (int j = threadIdx.x; j < window; j += THREADS) {
-        fresh[j] = j, new_scores[j] = taken * window + j < s.sinks ? -NEGATIVE_INFINITY : cached_scores[ring + j];
+        held[slots + j] = ring + j;
+        scores[slots + j] = taken * window + j < s.sinks ? -NEGATIVE_INFINITY : cached_scores[ring + j];
     }
-    take_in(scores, held, slots, new_scores, fresh, window, fresh + window);
+    __syncthreads();
+    for (int e = threadIdx.x >> 5; e < all; e += THREADS / 32) {
+        int row = e < slots ? e : ring + e - slots;
+        bool there = e >= slots || e < filled;
+        float value = there ? liking(keys + row * DIM, queries, GROUP, DIM, s.scale / window) : NEGATIVE_INFINITY;
+        if ((threadIdx.x & 31) == 0) liked[e] = value;
+    }
+    take_in(scores, liked, held, slots, window, s.by_score, stays);
     for (int i = threadIdx.x; i < slots * DIM; i += THREADS) {
-        int slot = i / DIM, from = (ring + held[slot]) * DIM + i % DIM;
+        int slot = i / DIM, from = held[slot] * DIM + i % DIM;
         if (held[slot] != EMPTY) keys[i] = keys[from], values[i] = values[from];
     }
     for (int i = threadIdx.x; i < slots; i += THREADS) {
@@ -193,7 +202,7 @@ __device__ __forceinline__ void norm_head(float* x, const float* weight, float e
 extern "C" __global__ void __launch_bounds__(THREADS)
     liger_step(act* mixed, const act* q, const act* k, const act* v, const float* q_norm, const float* k_norm,
                const float* frequencies, act* cached_k, act* cached_v, float* cached_scores, float* first_state,
-               float* second_state, float* key_sum, const int* tokens, StepSizes s) {
+               float* second_state, float* key_sum, float* query_sum, const int* tokens, StepSizes s) {
     extern __shared__ uint4 shared_memory[];
     StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
     float* scores = reinterpret_cast<float*>(&m + 1);                              // [GROUP, cache_rows]
@@ -205,8 +214,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int own = cache_row(s, position), rows = KEPT ? s.cache_rows : min(position + 1, s.sinks + s.window);
     cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
     if (KEPT) {
-        cached_scores += place * s.cache_rows, key_sum += place * DIM;
-        keep(cached_k, cached_v, cached_scores, keys, position, s);
+        cached_scores += place * s.cache_rows, key_sum += place * DIM, query_sum += place * GROUP * DIM;
+        keep(cached_k, cached_v, cached_scores, query_sum, keys, position, s);
     }
     fetch_rows(keys, cached_k, rows);
     fetch_rows(values, cached_v, rows);
@@ -253,8 +262,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const float* x = r < GROUP ? m.q[r] : m.k;
         float other = d < DIM / 2 ? -x[half + DIM / 2] : x[half];
         float y = x[d] * m.cosine[half] + other * m.sine[half];
-        if (r < GROUP) m.rope_q[r][d] = to_float(from_float<act>(y)) * s.scale;
-        else {
+        if (r < GROUP) {
+            y = to_float(from_float<act>(y));
+            m.rope_q[r][d] = y * s.scale;
+            if (KEPT) query_sum[i] = (position % s.window == 0 ? 0.0f : query_sum[i]) + y;
+        } else {
             act new_key = from_float<act>(y), new_value = from_float<act>(m.v[d]);
             keys[own * ROW + d] = cached_k[own * DIM + d] = new_key;
             values[own * ROW + d] = cached_v[own * DIM + d] = new_value;

@@ -7,7 +7,7 @@ use liger_tensor::{
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
-use crate::kept::{Kept, cached_scores};
+use crate::kept::{Kept, remembered};
 use crate::{Cuda, pointer, shared_bytes, typed};
 
 /// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `FORWARD_KEYS`, `QUERIES` of the
@@ -72,8 +72,8 @@ impl<'a> Call<'a> {
         let spec = inputs.spec;
         let kept = match (spec.window, inputs.scores) {
             (Some(window), Some(scores)) if spec.kept > 0 => {
-                let (batch, per_block) = (cuda.batch(inputs.sequences)?, tokens_of_a_block(heads, spec));
-                Some(Kept::select(cuda, &batch, (spec, window, heads), per_block, scores, cache)?)
+                let per_block = tokens_of_a_block(heads, spec);
+                Some(Kept::select(cuda, &inputs, scores, (window, heads), per_block, cache)?)
             }
             _ => None,
         };
@@ -266,7 +266,7 @@ impl Cuda {
         let (mut held, mut new) = (0, 0);
         if let (Some(kept), Some(scores)) = (&call.kept, scores) {
             kept.store(self, cache, k, v)?;
-            (held, new) = (cached_scores(cache)?, typed(NAME, scores, DType::F32)?);
+            (held, new) = (remembered(cache)?.0, typed(NAME, scores, DType::F32)?);
         }
         let args = [
             self.act(NAME, &cache.keys)?,

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use liger_tensor::checks::Heads;
-use liger_tensor::{AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionSpec, DType, Error, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
 
-use crate::batch::{Batch, CHUNK, Stretches};
+use crate::batch::{CHUNK, Stretches};
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Launch};
 use crate::{Cuda, typed};
@@ -13,50 +13,70 @@ use crate::{Cuda, typed};
 /// Threads of a block, and its warps.
 const THREADS: u32 = 256;
 const WARPS: usize = 8;
+/// Threads of the one block that chooses for a sequence and head.
+const SELECT_THREADS: u32 = 512;
 
 /// What the slots hold for every stretch of a batch.
 pub(crate) struct Kept {
     pub(crate) stretches: Arc<Stretches>,
     /// `[stretches, K, slots]`.
     pub(crate) lists: Block,
+    /// Sums of the queries `[stretches, H, D]`.
+    sums: Block,
     spec: AttentionSpec,
     heads: Heads,
 }
 
 /// `KeptSizes` of the kernels.
-fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 6] {
+fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
     let window = spec.window.unwrap_or(0);
-    [heads.kv, heads.dim, window, spec.sinks, spec.slots(), cache_rows].map(|x| x as i32)
+    let scale = 1.0 / ((heads.dim as f32).sqrt() * window.max(1) as f32);
+    let [q, kv, dim, by_score] = [heads.query, heads.kv, heads.dim, spec.kept_by_score()].map(|x| x as i32);
+    let [window, sinks, slots, rows] = [window, spec.sinks, spec.slots(), cache_rows].map(|x| x as i32);
+    [q, kv, dim, window, sinks, slots, rows, by_score, scale.to_bits() as i32]
 }
 
 impl Kept {
     /// Chooses, of the keys of a batch and those that a cache holds; the cache's scores move on, its keys do not yet.
     pub(crate) fn select(
         cuda: &Cuda,
-        batch: &Batch,
-        (spec, window, heads): (AttentionSpec, usize, Heads),
-        per_block: usize,
+        inputs: &Attention<'_>,
         scores: &Tensor,
+        (window, heads): (usize, Heads),
+        per_block: usize,
         cache: Option<&KeyValueCache>,
     ) -> Result<Self> {
-        let stretches = batch.stretches(&cuda.gpu, window, per_block)?;
+        const NAME: &str = "kept_select";
+        let spec = inputs.spec;
+        let stretches = cuda.batch(inputs.sequences)?.stretches(&cuda.gpu, window, per_block)?;
         let slots = spec.slots();
         let lists = cuda.gpu.allocate(stretches.count * heads.kv * slots * 4)?;
-        let (cached, cache_rows) = match cache {
-            Some(cache) => (cached_scores(cache)?, spec.cache_rows()),
-            None => (0, 0),
+        let sums = cuda.gpu.allocate(stretches.count * heads.query * heads.dim * 4)?;
+        let (held_scores, queries, held_keys, cache_rows) = match cache {
+            Some(cache) => {
+                let (scores, queries) = remembered(cache)?;
+                (scores, queries, cuda.act(NAME, &cache.keys)?, spec.cache_rows())
+            }
+            None => (0, 0, Arg::Pointer(0), 0),
         };
         let words = words(heads, spec, cache_rows);
-        let args = [
-            Arg::Pointer(lists.pointer),
-            Arg::Pointer(typed("kept_select", scores, DType::F32)?),
-            Arg::Pointer(cached),
-            Arg::Pointer(stretches.sequences.pointer),
-            Arg::Pointer(stretches.bases.pointer),
-            Arg::Words(&words),
-        ];
-        let kept = Self { stretches, lists, spec, heads };
-        kept.launch(cuda, "kept_select", 1, 12 * (slots + window), &args)?;
+        let kept = Self { stretches, lists, sums, spec, heads };
+        let [lists, sums, starts, sequences, bases] =
+            [&kept.lists, &kept.sums, &kept.stretches.starts, &kept.stretches.sequences, &kept.stretches.bases]
+                .map(|block| Arg::Pointer(block.pointer));
+        let (queries, sizes) = (Arg::Pointer(queries), Arg::Words(&words));
+        let grid = (kept.stretches.count as u32, heads.query as u32, 1);
+        let threads = (heads.dim.next_multiple_of(32) as u32).min(THREADS);
+        let launch = Launch { grid, block: (threads, 1), shared: 0 };
+        kept.run(cuda, "query_sums", launch, &[sums, cuda.act(NAME, inputs.q)?, queries, starts, sizes])?;
+        let scores = Arg::Pointer(typed(NAME, scores, DType::F32)?);
+        let choice = [scores, sums, queries, cuda.act(NAME, inputs.k)?, held_keys];
+        let mut args = vec![lists, Arg::Pointer(held_scores)];
+        args.extend(choice);
+        args.extend([sequences, bases, sizes]);
+        let shared = 16 * (slots + window) + 4 * heads.group() * heads.dim;
+        let grid = (kept.stretches.sequence_count as u32, heads.kv as u32, 1);
+        kept.run(cuda, NAME, Launch { grid, block: (SELECT_THREADS, 1), shared }, &args)?;
         Ok(kept)
     }
 
@@ -67,14 +87,17 @@ impl Kept {
         let args = [
             cuda.act(NAME, &cache.keys)?,
             cuda.act(NAME, &cache.values)?,
+            Arg::Pointer(remembered(cache)?.1),
             cuda.act(NAME, k)?,
             cuda.act(NAME, v)?,
+            Arg::Pointer(self.sums.pointer),
             Arg::Pointer(self.lists.pointer),
             Arg::Pointer(self.stretches.sequences.pointer),
             Arg::Pointer(self.stretches.bases.pointer),
             Arg::Words(&words),
         ];
-        self.launch(cuda, NAME, 1, 0, &args)
+        let grid = (self.stretches.sequence_count as u32, self.heads.kv as u32, 1);
+        self.run(cuda, NAME, Launch { grid, block: (THREADS, 1), shared: 0 }, &args)
     }
 
     /// Adds the gradients of what the slots held, `[stretches, K, 2, slots, D]`, to those of all keys and values.
@@ -89,23 +112,22 @@ impl Kept {
             Arg::Pointer(self.stretches.bases.pointer),
             Arg::Words(&words),
         ];
-        self.launch(cuda, "kept_add_gradients", self.spec.slots(), 0, &args)
+        let grid = (self.stretches.sequence_count as u32, self.heads.kv as u32, self.spec.slots() as u32);
+        let threads = (self.heads.dim.next_multiple_of(32) as u32).min(THREADS);
+        self.run(cuda, "kept_add_gradients", Launch { grid, block: (threads, 1), shared: 0 }, &args)
     }
 
-    /// A block for every sequence and head, and `deep` of them.
-    fn launch(&self, cuda: &Cuda, name: &'static str, deep: usize, shared: usize, args: &[Arg<'_>]) -> Result<()> {
-        let threads = if deep > 1 { (self.heads.dim.next_multiple_of(32) as u32).min(THREADS) } else { THREADS };
-        let grid = (self.stretches.sequence_count as u32, self.heads.kv as u32, deep as u32);
-        let launch = Launch { grid, block: (threads, 1), shared };
+    fn run(&self, cuda: &Cuda, name: &'static str, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
         cuda.gpu.launch((Source::Kept, name), Variant::of(cuda.activations), launch, args)
     }
 }
 
-/// Address of a cache's scores.
-pub(crate) fn cached_scores(cache: &KeyValueCache) -> Result<u64> {
+/// Addresses of a cache's scores and of its sums of queries.
+pub(crate) fn remembered(cache: &KeyValueCache) -> Result<(u64, u64)> {
     const NAME: &str = "attention_forward";
-    let missing = Error::Storage { operation: NAME, found: "no scores", expected: "a cache with scores" };
-    typed(NAME, cache.scores.as_ref().ok_or(missing)?, DType::F32)
+    let missing = Error::Storage { operation: NAME, found: "no scores", expected: "a cache with scores and queries" };
+    let KeptKeys { scores, queries } = cache.kept.as_ref().ok_or(missing)?;
+    Ok((typed(NAME, scores, DType::F32)?, typed(NAME, queries, DType::F32)?))
 }
 
 /// See `Ops::key_novelty`.
@@ -124,7 +146,7 @@ pub(crate) fn novelty(
     }
     let batch = cuda.batch(sequences)?;
     let sums = cuda.gpu.allocate(batch.chunk_count * heads.kv * heads.dim * 4)?;
-    let words = [heads.kv, heads.dim, 0, 0, 0, 0].map(|x| x as i32);
+    let words = words(heads, AttentionSpec { window: None, sinks: 0, kept: 0 }, 0);
     let (scores, k) = (Arg::Pointer(typed(NAME, scores, DType::F32)?), cuda.act(NAME, k)?);
     let state = state.map_or(Ok(0), |state| typed(NAME, state, DType::F32))?;
     let [slots, chunks, firsts] = [&batch.slots, &batch.chunks, &batch.firsts].map(|b| Arg::Pointer(b.pointer));

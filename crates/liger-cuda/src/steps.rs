@@ -248,14 +248,15 @@ impl StepOps for Cuda {
         let [query_map, key_map] = maps;
         let floats = [gate.1, gate.2, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
         let kept_slots = if spec.form == StepForm::Kept { cache.spec.slots() as i32 } else { 0 };
-        let counts = [heads, kv, n, window, sinks, rows, kept_slots, query_map, key_map, gate.0];
+        let by_score = cache.spec.kept_by_score() as i32;
+        let counts = [heads, kv, n, window, sinks, rows, kept_slots, by_score, query_map, key_map, gate.0];
         let words: Vec<i32> = counts.into_iter().chain(floats).collect();
         let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
         let (first_state, key_sum) = match spec.form {
             StepForm::Kept => (Arg::Pointer(0), state(0)?),
             _ => (state(0)?, Arg::Pointer(0)),
         };
-        let scores = if kept_slots > 0 { crate::kept::cached_scores(cache)? } else { 0 };
+        let (scores, queries) = if kept_slots > 0 { crate::kept::remembered(cache)? } else { (0, 0) };
         let norm = |i: usize| head_norms.map_or(Ok(Arg::Pointer(0)), |norms| self.f32(NAME, norms[i]));
         let args = [
             self.act(NAME, mixed)?,
@@ -271,6 +272,7 @@ impl StepOps for Cuda {
             first_state,
             state(1)?,
             key_sum,
+            Arg::Pointer(queries),
             Arg::Pointer(block(NAME, tokens)?.pointer),
             Arg::Words(&words),
         ];

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use liger_tensor::{DType, KeyValueCache, Ops, Tensor};
+use liger_tensor::{DType, KeptKeys, KeyValueCache, Ops, Tensor};
 use safetensors::tensor::{SafeTensors, TensorView};
 
 use crate::attention::Mixer;
@@ -44,7 +44,8 @@ pub fn state_elements(config: &ModelConfig, tokens: usize) -> usize {
             Mixer::Liger(liger) => liger.state_shapes(config).iter().map(|shape| shape.iter().product::<usize>()).sum(),
             Mixer::Softmax(_) => 0,
         };
-        2 * kv * rows * d + if spec.kept > 0 { kv * rows } else { 0 } + recurrent
+        let kept = if spec.kept > 0 { kv * rows + config.num_heads * d } else { 0 };
+        2 * kv * rows * d + kept + recurrent
     };
     Mixer::of(config).iter().map(of_layer).sum()
 }
@@ -57,14 +58,20 @@ impl State {
             let spec = mixer.spec();
             let (kv, rows) = (config.num_kv_heads, spec.cache_rows());
             let cached = [slots, kv, rows, config.head_dim];
-            let scores = if spec.kept > 0 { Some(zeros(&[slots, kv, rows])?) } else { None };
+            let kept = match spec.kept {
+                0 => None,
+                _ => Some(KeptKeys {
+                    scores: zeros(&[slots, kv, rows])?,
+                    queries: zeros(&[slots, config.num_heads, config.head_dim])?,
+                }),
+            };
             let mut recurrent = Vec::new();
             if let Mixer::Liger(liger) = mixer {
                 for [kv, dk, dv] in liger.state_shapes(config) {
                     recurrent.push(zeros(&[slots, kv, dk, dv])?);
                 }
             }
-            let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)?, scores };
+            let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)?, kept };
             layers.push(LayerState { cache, recurrent });
         }
         Ok(Self { layers, positions: vec![0; slots], steps: Vec::new(), logits: None })
@@ -102,8 +109,9 @@ impl State {
         for (i, layer) in self.layers.iter().enumerate() {
             list.push((format!("layers.{i}.window.keys"), &layer.cache.keys));
             list.push((format!("layers.{i}.window.values"), &layer.cache.values));
-            if let Some(scores) = &layer.cache.scores {
+            if let Some(KeptKeys { scores, queries }) = &layer.cache.kept {
                 list.push((format!("layers.{i}.window.scores"), scores));
+                list.push((format!("layers.{i}.window.queries"), queries));
             }
             for (j, tensor) in layer.recurrent.iter().enumerate() {
                 list.push((format!("layers.{i}.recurrent.{j}"), tensor));
@@ -179,15 +187,18 @@ impl State {
             if keys.shape() != values.shape() || (growing && keys.dim(2) < longest) {
                 return Err(Error::corrupt(path, format!("layer {i} holds fewer keys than the text is long")));
             }
-            let mut scores = None;
-            if let Some(like) = &layer.cache.scores {
-                scores = Some(read(&format!("layers.{i}.window.scores"), like, false)?);
-            }
+            let kept = match &layer.cache.kept {
+                None => None,
+                Some(like) => Some(KeptKeys {
+                    scores: read(&format!("layers.{i}.window.scores"), &like.scores, false)?,
+                    queries: read(&format!("layers.{i}.window.queries"), &like.queries, false)?,
+                }),
+            };
             let mut recurrent = Vec::new();
             for (j, like) in layer.recurrent.iter().enumerate() {
                 recurrent.push(read(&format!("layers.{i}.recurrent.{j}"), like, false)?);
             }
-            layers.push(LayerState { cache: KeyValueCache { spec, keys, values, scores }, recurrent });
+            layers.push(LayerState { cache: KeyValueCache { spec, keys, values, kept }, recurrent });
         }
         (self.layers, self.positions) = (layers, positions);
         self.steps.clear();

@@ -30,6 +30,11 @@ fn cases() -> Vec<PathBuf> {
     let entries = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut cases: Vec<PathBuf> =
         entries.map(|e| e.unwrap().path()).filter(|p| p.join("expected.safetensors").exists()).collect();
+    if device().1 == DType::Bf16 {
+        // Rounding changes which keys `kept` keeps: a choice, not a number that is a little off. The table of operations checks it
+        // in bfloat16, on inputs that bfloat16 holds exactly.
+        cases.retain(|folder| !folder.ends_with("liger-kept"));
+    }
     cases.sort();
     assert!(!cases.is_empty(), "no fixtures in {}", folder.display());
     cases

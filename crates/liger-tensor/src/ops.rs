@@ -42,9 +42,11 @@ pub struct AttentionSpec {
     pub window: Option<usize>,
     /// The first `sinks` keys of the text stay visible besides the window.
     pub sinks: usize,
-    /// So many of the keys that have left the window stay visible too: those of the highest scores. 0 for none. The
-    /// window then moves in stretches of its own size: a query sees its own stretch, the one before, and the keys kept of
-    /// all earlier ones.
+    /// So many of the keys that have left the window stay visible too; 0 for none. The window then moves in stretches of its
+    /// own size: a query sees its own stretch, the one before, and the keys kept of all earlier ones. When a stretch begins,
+    /// of the keys that are held and those of the stretch before the last, sinks and half of the others stay for their
+    /// scores; the rest for what the queries of the last stretch like best: log sum over the heads of a group of
+    /// exp(mean query . key / sqrt(D)).
     pub kept: usize,
 }
 
@@ -57,6 +59,11 @@ impl AttentionSpec {
     /// Rows of a cache before the ring: sinks and kept keys.
     pub fn slots(self) -> usize {
         self.sinks + self.kept
+    }
+
+    /// Keys that are kept for their scores: sinks and half of the others.
+    pub fn kept_by_score(self) -> usize {
+        self.sinks + self.kept / 2
     }
 
     /// Rows of a cache; 0 without a window: it grows.
@@ -111,7 +118,7 @@ pub struct Attention<'a> {
     pub k: &'a Tensor,
     /// `[N, K, D]`.
     pub v: &'a Tensor,
-    /// `[N, K]` in float32, where keys are kept: those of the highest scores stay, of equal ones those held.
+    /// `[N, K]` in float32, where keys are kept.
     pub scores: Option<&'a Tensor>,
     /// The sequences of the N rows.
     pub sequences: &'a Sequences,
@@ -139,14 +146,24 @@ pub struct KeyValueCache {
     pub keys: Tensor,
     /// `[slots, K, rows, D]`.
     pub values: Tensor,
-    /// `[slots, K, rows]` in float32, where keys are kept.
-    pub scores: Option<Tensor>,
+    /// Where keys are kept: what it takes to choose them.
+    pub kept: Option<KeptKeys>,
+}
+
+/// What a cache remembers to choose the keys that stay, in float32.
+#[derive(Debug)]
+pub struct KeptKeys {
+    /// Scores of all rows, `[slots, K, rows]`.
+    pub scores: Tensor,
+    /// Sums of the queries of the last stretch so far, `[slots, H, D]`.
+    pub queries: Tensor,
 }
 
 impl KeyValueCache {
     /// Bytes of the memory held.
     pub fn bytes(&self) -> usize {
-        self.keys.bytes() + self.values.bytes() + self.scores.as_ref().map_or(0, Tensor::bytes)
+        let kept = self.kept.as_ref().map_or(0, |kept| kept.scores.bytes() + kept.queries.bytes());
+        self.keys.bytes() + self.values.bytes() + kept
     }
 }
 

@@ -1,46 +1,89 @@
 //! Softmax attention, with windows, sinks and kept keys: forward in one piece, by any split through a cache, and backward;
 //! and the scores by which keys are kept.
 
-use liger_tensor::{Attention, AttentionGradients, AttentionSpec, KeyValueCache, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionGradients, AttentionSpec, KeptKeys, KeyValueCache, Sequences, Tensor};
 
 use crate::plain::{gradient, softmax};
 use crate::{Check, Numbers};
 
 type Sizes = (usize, usize, usize, usize);
 
-/// Positions that the query at `i` of a head sees: of equal scores the oldest stays.
-fn seen(i: usize, head: usize, kv: usize, scores: &[f64], spec: AttentionSpec) -> Vec<usize> {
-    let Some(window) = spec.window else { return (0..=i).collect() };
-    if spec.kept == 0 {
-        return (0..=i).filter(|&j| i - j < window || j < spec.sinks).collect();
-    }
-    let low = (i / window).max(1) * window - window;
-    let score = |j: usize| if j < spec.sinks { f64::INFINITY } else { scores[j * kv + head] };
-    let mut far: Vec<usize> = (0..low).collect();
-    far.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(a.cmp(&b)));
-    far.truncate(spec.sinks + spec.kept);
-    far.extend(low..=i);
-    far
+/// One sequence: q [T,H,D], k, v [T,K,D], scores [T,K].
+#[derive(Clone, Copy)]
+struct Text<'a> {
+    q: &'a [f64],
+    k: &'a [f64],
+    v: &'a [f64],
+    scores: &'a [f64],
+    sizes: Sizes,
 }
 
-/// q [T,H,D], k, v [T,K,D], scores [T,K] of one sequence.
-fn plain(q: &[f64], k: &[f64], v: &[f64], scores: &[f64], (t, h, kv, d): Sizes, spec: AttentionSpec) -> Vec<f64> {
-    let mut out = vec![0.0; q.len()];
-    for i in 0..t {
-        for head in 0..h {
-            let of = head / (h / kv);
-            let seen = seen(i, of, kv, scores, spec);
-            let at = (i * h + head) * d;
-            let row = |x: &[f64], j: usize| x[(j * kv + of) * d..][..d].to_vec();
-            let score =
-                |j: &usize| q[at..at + d].iter().zip(row(k, *j)).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt();
-            let p = softmax(&seen.iter().map(score).collect::<Vec<_>>());
-            for (p, j) in p.iter().zip(&seen) {
-                out[at..at + d].iter_mut().zip(row(v, *j)).for_each(|(o, v)| *o += p * v);
+impl Text<'_> {
+    /// q . k / sqrt(D) of one token's query head, or of the mean of several tokens' queries, and a key.
+    fn score(&self, tokens: std::ops::Range<usize>, head: usize, key: usize) -> f64 {
+        let (_, h, kv, d) = self.sizes;
+        let k = &self.k[(key * kv + head / (h / kv)) * d..][..d];
+        let count = tokens.len() as f64;
+        let dot = |t: usize| self.q[(t * h + head) * d..][..d].iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
+        tokens.map(dot).sum::<f64>() / count / (d as f64).sqrt()
+    }
+
+    /// Positions kept for the queries of every stretch.
+    fn kept(&self, of: usize, spec: AttentionSpec) -> Vec<Vec<usize>> {
+        let ((t, h, kv, _), Some(window)) = (self.sizes, spec.window) else { return Vec::new() };
+        let mut all: Vec<Vec<usize>> = vec![Vec::new(); 2];
+        for stretch in 2..t.div_ceil(window) {
+            let mut left = all[stretch - 1].clone();
+            left.extend((stretch - 2) * window..(stretch - 1) * window);
+            let score = |j: &usize| if *j < spec.sinks { f64::INFINITY } else { self.scores[j * kv + of] };
+            left.sort_by(|a, b| score(b).total_cmp(&score(a)));
+            let mut kept: Vec<usize> = left.drain(..left.len().min(spec.sinks + spec.kept / 2)).collect();
+            let last = (stretch - 1) * window..stretch * window;
+            let group = of * (h / kv)..(of + 1) * (h / kv);
+            let liking = |j: &usize| group.clone().map(|head| self.score(last.clone(), head, *j).exp()).sum::<f64>();
+            left.sort_by(|a, b| liking(b).total_cmp(&liking(a)));
+            kept.extend(left.into_iter().take(spec.kept - spec.kept / 2));
+            all.push(kept);
+        }
+        all
+    }
+
+    fn attention(&self, spec: AttentionSpec) -> Vec<f64> {
+        let (t, h, kv, d) = self.sizes;
+        let mut out = vec![0.0; self.q.len()];
+        for of in 0..kv {
+            let kept = if spec.kept > 0 { self.kept(of, spec) } else { Vec::new() };
+            for i in 0..t {
+                let seen: Vec<usize> = match spec.window {
+                    None => (0..=i).collect(),
+                    Some(window) if spec.kept > 0 => {
+                        let stretch = i / window;
+                        kept[stretch].iter().copied().chain(stretch.max(1) * window - window..=i).collect()
+                    }
+                    Some(window) => (0..=i).filter(|&j| i - j < window || j < spec.sinks).collect(),
+                };
+                for head in of * (h / kv)..(of + 1) * (h / kv) {
+                    let scores: Vec<f64> = seen.iter().map(|&j| self.score(i..i + 1, head, j)).collect();
+                    let out = &mut out[(i * h + head) * d..][..d];
+                    for (p, j) in softmax(&scores).iter().zip(&seen) {
+                        let value = &self.v[(j * kv + of) * d..][..d];
+                        out.iter_mut().zip(value).for_each(|(o, v)| *o += p * v);
+                    }
+                }
             }
         }
+        out
     }
-    out
+}
+
+fn plain(q: &[f64], k: &[f64], v: &[f64], scores: &[f64], sizes: Sizes, spec: AttentionSpec) -> Vec<f64> {
+    Text { q, k, v, scores, sizes }.attention(spec)
+}
+
+/// Numbers that a device's activations hold exactly: what is kept must not depend on their rounding.
+fn activations(c: &Check<'_>, numbers: &mut Numbers, count: usize) -> Vec<f64> {
+    let rounded = c.tensor(&numbers.normal(count), &[count]);
+    c.ops.download(&rounded).expect("download").iter().map(|&x| f64::from(x)).collect()
 }
 
 /// Scores that are told apart in float32.
@@ -120,7 +163,7 @@ fn novelty(c: &Check<'_>) {
 fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     let (t, h, kv, d) = sizes;
     let mut numbers = Numbers::new((t * d) as u64);
-    let (q, k, v) = (numbers.normal(t * h * d), numbers.normal(t * kv * d), numbers.normal(t * kv * d));
+    let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
     let scores = drawn_scores(&mut numbers, t * kv);
     let expected = plain(&q, &k, &v, &scores, sizes, spec);
     let what = format!("attention {sizes:?} {spec:?}");
@@ -150,8 +193,11 @@ fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
         let empty = |n: usize| {
             c.ops.upload(vec![f32::NAN; 2 * kv * n * d], &[2, kv, n, d], c.ops.activations()).expect("upload")
         };
-        let held = (spec.kept > 0).then(|| c.poisoned_exact(&[2, kv, cache_rows]));
-        let mut cache = KeyValueCache { spec, keys: empty(cache_rows), values: empty(cache_rows), scores: held };
+        let kept = (spec.kept > 0).then(|| KeptKeys {
+            scores: c.poisoned_exact(&[2, kv, cache_rows]),
+            queries: c.poisoned_exact(&[2, h, d]),
+        });
+        let mut cache = KeyValueCache { spec, keys: empty(cache_rows), values: empty(cache_rows), kept };
         let mut done = 0;
         let mut found = Vec::new();
         for piece in pieces.iter().copied().filter(|&p| p > 0) {
@@ -179,7 +225,7 @@ fn numbers_like(count: usize) -> Vec<f64> {
 fn backward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     let (t, h, kv, d) = sizes;
     let mut numbers = Numbers::new(t as u64);
-    let (q, k, v) = (numbers.normal(t * h * d), numbers.normal(t * kv * d), numbers.normal(t * kv * d));
+    let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
     let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));
     let f = |q: &[f64], k: &[f64], v: &[f64]| plain(q, k, v, &scores, sizes, spec);
     let expected = [
@@ -229,7 +275,7 @@ fn long_backward(c: &Check<'_>) {
     let kept = |window, sinks, kept| AttentionSpec { kept, ..AttentionSpec::window(window, sinks) };
     for spec in [everything, AttentionSpec::window(64, 4), kept(16, 4, 12), kept(64, 4, 116), kept(8, 2, 90)] {
         let mut numbers = Numbers::new(5);
-        let (q, k, v) = (numbers.normal(t * h * d), numbers.normal(t * kv * d), numbers.normal(t * kv * d));
+        let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
         let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));
         let [dq, dk, dv] = gradients(c, sizes, spec, [&q, &k, &v, &scores], &dout);
         let get = |t: &liger_tensor::Tensor| c.ops.download(t).expect("download");

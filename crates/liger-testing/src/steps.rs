@@ -2,8 +2,8 @@
 //! it stands for, which have their own checks.
 
 use liger_tensor::{
-    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeyValueCache, LigerStep, Recurrence,
-    Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
+    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeptKeys, KeyValueCache, LigerStep,
+    Recurrence, Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
 };
 
 use crate::plain::{matmul, sigmoid, transpose};
@@ -125,8 +125,9 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
     let rows = spec.cache_rows();
     let cached = [slots, kv, rows, dim];
     let zeros = || ops.zeros(&cached).expect("zeros");
-    let scores = || (kept > 0).then(|| c.exact(&vec![0.0; slots * kv * rows], &[slots, kv, rows]));
-    let cache = || KeyValueCache { spec, keys: zeros(), values: zeros(), scores: scores() };
+    let zeros_of = |shape: &[usize]| c.exact(&vec![0.0; shape.iter().product()], shape);
+    let choice = || KeptKeys { scores: zeros_of(&[slots, kv, rows]), queries: zeros_of(&[slots, heads, dim]) };
+    let cache = || KeyValueCache { spec, keys: zeros(), values: zeros(), kept: (kept > 0).then(choice) };
     let (fused_cache, mut plain_cache) = (cache(), cache());
     let state_shapes: Vec<[usize; 4]> = match form {
         StepForm::Off => vec![],

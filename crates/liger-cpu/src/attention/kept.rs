@@ -1,9 +1,10 @@
 //! Keys that stay when they leave the window: which ones, and the scores that say so.
 
 use liger_tensor::checks::Heads;
-use liger_tensor::{AttentionSpec, Error, KeyValueCache, Result, Sequence, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionSpec, Error, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
 
-use super::{Source, kv_at};
+use super::{Source, kv_at, query_at};
+use crate::math::add_scaled;
 use crate::parallel::{Disjoint, for_tasks};
 
 /// A key that a query sees.
@@ -22,50 +23,108 @@ pub(super) struct Kept {
     stretches: Vec<Vec<Key>>,
     /// Scores of the slots in the end.
     scores: Vec<f32>,
+    /// Sum of the queries of the last stretch, `[group, D]`.
+    queries: Vec<f32>,
 }
 
-impl Kept {
-    /// `score` is that of a position, `held` the scores of the cache's slots.
-    fn of(spec: AttentionSpec, window: usize, s: Sequence, score: impl Fn(usize) -> f32, held: Option<&[f32]>) -> Self {
+/// Where scores, keys and queries of one head of a sequence come from.
+struct Candidates<'a> {
+    window: usize,
+    new_scores: &'a [f32],
+    /// Of the cache's rows.
+    held_scores: Option<&'a [f32]>,
+    keys: Source<'a>,
+    q: &'a [f32],
+    /// Sum of the queries of the stretch that the token before this batch is in.
+    held_queries: Option<&'a [f32]>,
+}
+
+impl Candidates<'_> {
+    fn score(&self, position: usize) -> f32 {
+        let Source { spec, sequence: s, heads, head, .. } = self.keys;
+        match (position.checked_sub(s.position), self.held_scores) {
+            _ if position < spec.sinks => f32::INFINITY,
+            (Some(t), _) => self.new_scores[(s.start + t) * heads.kv + head],
+            (None, Some(held)) => held[spec.cache_row(position)],
+            (None, None) => f32::NEG_INFINITY,
+        }
+    }
+
+    /// Sum of the queries of a stretch.
+    fn queries(&self, stretch: usize) -> Vec<f32> {
+        let Source { sequence: s, heads, head, .. } = self.keys;
+        let width = heads.group() * heads.dim;
+        let mut sum = vec![0.0f32; width];
+        if let (Some(held), Some(last)) = (self.held_queries, s.position.checked_sub(1))
+            && last / self.window == stretch
+        {
+            sum.copy_from_slice(held);
+        }
+        let rows = (stretch * self.window).max(s.position)..((stretch + 1) * self.window).min(s.position + s.len);
+        for position in rows {
+            let at = query_at(heads, s.start + position - s.position, head);
+            add_scaled(&mut sum, 1.0, &self.q[at..at + width]);
+        }
+        sum
+    }
+
+    /// How much the mean query of each head of the group likes a key.
+    fn liking(&self, key: Key, queries: &[f32]) -> f32 {
+        let d = self.keys.heads.dim;
+        let row = self.keys.row(key);
+        let scale = 1.0 / ((d as f32).sqrt() * self.window as f32);
+        let scores = queries.chunks_exact(d).map(|q| scale * q.iter().zip(row).map(|(q, k)| q * k).sum::<f32>());
+        let scores: Vec<f32> = scores.collect();
+        let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        best + scores.iter().map(|score| (score - best).exp()).sum::<f32>().ln()
+    }
+
+    fn choose(&self) -> Kept {
+        let (Source { spec, sequence: s, .. }, window) = (&self.keys, self.window);
         // Stretches taken in before this batch: all but the last two of the tokens so far.
-        let mut taken = s.position.saturating_sub(1) / window;
-        taken = taken.saturating_sub(1);
+        let mut taken = (s.position.saturating_sub(1) / window).saturating_sub(1);
         let filled = spec.slots().min(taken * window);
         let mut keys: Vec<Key> = (0..filled).map(Key::Slot).collect();
-        let mut scores: Vec<f32> = held.map_or(Vec::new(), |held| held[..filled].to_vec());
-        let first_stretch = s.position / window;
-        let last = (s.position + s.len - 1) / window;
+        let mut scores: Vec<f32> = self.held_scores.map_or(Vec::new(), |held| held[..filled].to_vec());
+        let (first_stretch, last) = (s.position / window, (s.position + s.len - 1) / window);
         let mut stretches = Vec::with_capacity(last + 1 - first_stretch);
         for stretch in first_stretch..=last {
-            while taken + 1 < stretch {
-                let new: Vec<(Key, f32)> = (taken * window..(taken + 1) * window)
-                    .map(|p| (Key::At(p), if p < spec.sinks { f32::INFINITY } else { score(p) }))
-                    .collect();
-                take_in(spec.slots(), &mut keys, &mut scores, &new);
+            if taken + 1 < stretch {
+                let queries = self.queries(stretch - 1);
+                let new: Vec<(Key, f32)> =
+                    (taken * window..(taken + 1) * window).map(|p| (Key::At(p), self.score(p))).collect();
+                take_in(*spec, &mut keys, &mut scores, &new, |key| self.liking(key, &queries));
                 taken += 1;
             }
             stretches.push(keys.clone());
         }
-        Self { first_stretch, stretches, scores }
+        Kept { first_stretch, stretches, scores, queries: self.queries(last) }
     }
+}
 
+impl Kept {
     /// The slots of a stretch.
     pub(super) fn at(&self, stretch: usize) -> &[Key] {
         &self.stretches[stretch - self.first_stretch]
     }
 }
 
-/// The best of what is held and what is new stay; those that come in take the places of those that go, in order.
-fn take_in(slots: usize, keys: &mut Vec<Key>, scores: &mut Vec<f32>, new: &[(Key, f32)]) {
-    let held = keys.len();
+/// Those that come in take the places of those that go, in order.
+fn take_in(
+    spec: AttentionSpec,
+    keys: &mut Vec<Key>,
+    scores: &mut Vec<f32>,
+    new: &[(Key, f32)],
+    liking: impl Fn(Key) -> f32,
+) {
+    let (held, count) = (keys.len(), keys.len() + new.len());
     let score = |i: usize| if i < held { scores[i] } else { new[i - held].1 };
-    let mut order: Vec<usize> = (0..held + new.len()).collect();
-    // Of equal ones the held come first, the last slot before the first one, then the new in their order.
-    let place = |i: usize| if i < held { held - 1 - i } else { i };
-    order.sort_by(|&a, &b| score(b).total_cmp(&score(a)).then(place(a).cmp(&place(b))));
-    let mut stays = vec![false; held + new.len()];
-    order.iter().take(slots).for_each(|&i| stays[i] = true);
-    let free: Vec<usize> = (0..held).filter(|&i| !stays[i]).chain(held..slots).collect();
+    let mut stays = vec![false; count];
+    best(&(0..count).map(score).collect::<Vec<_>>(), held, spec.kept_by_score()).for_each(|i| stays[i] = true);
+    let key = |i: usize| if i < held { keys[i] } else { new[i - held].0 };
+    let liked: Vec<f32> = (0..count).map(|i| if stays[i] { f32::INFINITY } else { liking(key(i)) }).collect();
+    best(&liked, held, spec.slots()).for_each(|i| stays[i] = true);
+    let free: Vec<usize> = (0..held).filter(|&i| !stays[i]).chain(held..spec.slots()).collect();
     let coming = (0..new.len()).filter(|&j| stays[held + j]);
     for (slot, j) in free.into_iter().zip(coming) {
         if slot == keys.len() {
@@ -77,40 +136,44 @@ fn take_in(slots: usize, keys: &mut Vec<Key>, scores: &mut Vec<f32>, new: &[(Key
     }
 }
 
+/// The `most` largest. Of equal ones the held come first, the last slot before the first one, then the new in their order.
+fn best(values: &[f32], held: usize, most: usize) -> impl Iterator<Item = usize> + use<> {
+    let place = |i: usize| if i < held { held - 1 - i } else { i };
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| values[b].total_cmp(&values[a]).then(place(a).cmp(&place(b))));
+    order.into_iter().take(most)
+}
+
 /// What is kept for every head of every sequence, `[sequences, K]`; nothing where the spec keeps none.
-pub(super) fn select(
-    spec: AttentionSpec,
-    heads: Heads,
-    scores: Option<&Tensor>,
-    sequences: &Sequences,
-    cache: Option<&KeyValueCache>,
-) -> Result<Vec<Kept>> {
+pub(super) fn select(inputs: &Attention<'_>, heads: Heads, cache: Option<&KeyValueCache>) -> Result<Vec<Kept>> {
+    let Attention { q, k, scores, sequences, spec, .. } = *inputs;
     let (Some(window), Some(scores)) = (spec.window.filter(|_| spec.kept > 0), scores) else { return Ok(Vec::new()) };
-    let new = scores.as_f32()?;
+    let (q, new, new_scores) = (q.as_f32()?, k.as_f32()?, scores.as_f32()?);
     let held = match cache {
-        Some(cache) => Some(cached_scores(cache)?.as_f32()?),
+        Some(cache) => {
+            let KeptKeys { scores, queries } = remembered(cache)?;
+            Some((cache.keys.as_f32()?, scores.as_f32()?, queries.as_f32()?))
+        }
         None => None,
     };
-    let rows = spec.cache_rows();
+    let (cache_rows, width) = (spec.cache_rows(), heads.group() * heads.dim);
     let mut kept = Vec::with_capacity(sequences.list().len() * heads.kv);
-    for s in sequences.list() {
+    for &sequence in sequences.list() {
         for head in 0..heads.kv {
-            let held = held.map(|held| &held[(s.slot * heads.kv + head) * rows..][..rows]);
-            let score = |position: usize| match (position.checked_sub(s.position), held) {
-                (Some(t), _) => new[(s.start + t) * heads.kv + head],
-                (None, Some(held)) => held[spec.cache_row(position)],
-                (None, None) => f32::NEG_INFINITY,
-            };
-            kept.push(Kept::of(spec, window, *s, score, held));
+            let place = sequence.slot * heads.kv + head;
+            let keys = Source { new, past: held.map(|h| h.0), cache_rows, spec, sequence, heads, head };
+            let held_scores = held.map(|h| &h.1[place * cache_rows..][..cache_rows]);
+            let held_queries = held.map(|h| &h.2[place * width..][..width]);
+            kept.push(Candidates { window, new_scores, held_scores, keys, q, held_queries }.choose());
         }
     }
     Ok(kept)
 }
 
-fn cached_scores(cache: &KeyValueCache) -> Result<&Tensor> {
-    let missing =
-        Error::Storage { operation: "attention_forward", found: "no scores", expected: "a cache with scores" };
-    cache.scores.as_ref().ok_or(missing)
+fn remembered(cache: &KeyValueCache) -> Result<&KeptKeys> {
+    const NAME: &str = "attention_forward";
+    let missing = Error::Storage { operation: NAME, found: "no scores", expected: "a cache with scores and queries" };
+    cache.kept.as_ref().ok_or(missing)
 }
 
 /// Moves what was kept in the end into the cache's slots: before the ring takes in what is new.
@@ -136,8 +199,10 @@ pub(super) fn store(
                 }
             }
         }
-        if let Some(scores) = &mut cache.scores {
+        if let Some(KeptKeys { scores, queries }) = &mut cache.kept {
             scores.as_f32_mut()?[base..base + kept.scores.len()].copy_from_slice(&kept.scores);
+            let width = kept.queries.len();
+            queries.as_f32_mut()?[(sequence.slot * heads.kv + head) * width..][..width].copy_from_slice(&kept.queries);
         }
     }
     Ok(())

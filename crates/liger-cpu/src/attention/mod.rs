@@ -129,7 +129,7 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option
     let Attention { q, k, v, scores, sequences, spec } = inputs;
     let heads = checks::attention("attention_forward", &inputs, cache.is_some())?;
     same_length("attention_forward", out, q)?;
-    let kept = kept::select(spec, heads, scores, sequences, cache.as_deref())?;
+    let kept = kept::select(&inputs, heads, cache.as_deref())?;
     let (q, k, v) = (q.as_f32()?, k.as_f32()?, v.as_f32()?);
     if let Some(cache) = cache.as_deref_mut() {
         reserve(cache, sequences, heads)?;
@@ -211,8 +211,8 @@ fn insert(
 ) -> Result<()> {
     let (spec, cache_rows, d) = (cache.spec, cache.keys.dim(2), heads.dim);
     let mut targets = vec![(&mut cache.keys, k, d), (&mut cache.values, v, d)];
-    if let (Some(held), Some(scores)) = (&mut cache.scores, scores) {
-        targets.push((held, scores.as_f32()?, 1));
+    if let (Some(kept), Some(scores)) = (&mut cache.kept, scores) {
+        targets.push((&mut kept.scores, scores.as_f32()?, 1));
     }
     for (tensor, new, width) in targets {
         let held = tensor.as_f32_mut()?;
@@ -304,13 +304,13 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
 /// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
 pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>, dout: &Tensor) -> Result<()> {
     const NAME: &str = "attention_backward";
-    let Attention { q, k, v, scores, sequences, spec } = inputs;
+    let Attention { q, k, v, sequences, spec, .. } = inputs;
     let AttentionGradients { q: dq, k: dk, v: dv } = gradients;
     let heads = checks::attention(NAME, &inputs, false)?;
     for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q)] {
         same_length(NAME, a, b)?;
     }
-    let kept = kept::select(spec, heads, scores, sequences, None)?;
+    let kept = kept::select(&inputs, heads, None)?;
     let (q, k, v, dout) = (q.as_f32()?, k.as_f32()?, v.as_f32()?, dout.as_f32()?);
     let (dq, dk, dv) =
         (Disjoint::new(dq.as_f32_mut()?), Disjoint::new(dk.as_f32_mut()?), Disjoint::new(dv.as_f32_mut()?));
