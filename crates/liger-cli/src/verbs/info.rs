@@ -48,12 +48,14 @@ pub fn run(args: &Args) -> Result<()> {
     let form = match &config.liger {
         None => "softmax attention (not converted)".to_owned(),
         Some(l) => format!(
-            "Liger {}: window {}, {} sinks, {} x recurrent + {} x window{}",
+            "Liger {}: window {}, {} sinks, {}{}",
             l.structure.name(),
             l.window,
             l.sinks,
-            l.alpha,
-            l.beta,
+            match l.kept() {
+                0 => format!("{} x recurrent + {} x window", l.alpha, l.beta),
+                kept => format!("{kept} keys that stay"),
+            },
             if l.softmax_layers.is_empty() { String::new() } else { format!(", softmax in {:?}", l.softmax_layers) }
         ),
     };

@@ -9,10 +9,6 @@ use super::structures::{Form, Slots, SlotsGradients, Structure};
 use crate::config::{LigerConfig, ModelConfig};
 use crate::error::Result;
 
-/// Keys that `kept` keeps if the model does not say: with a window of 64, four sinks and heads of 64, all of it in bfloat16 is
-/// twice the bytes of the paper's window of 64 and its float32 state.
-const KEPT: usize = 116;
-
 /// The settings of one layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Liger {
@@ -20,7 +16,7 @@ pub(crate) struct Liger {
     pub(crate) spec: AttentionSpec,
     pub(crate) alpha: f32,
     pub(crate) beta: f32,
-    /// Memory slots, for gsa and kept.
+    /// Memory slots, for gsa.
     pub(crate) slots: usize,
 }
 
@@ -62,14 +58,12 @@ impl Branch {
 
 impl Liger {
     pub(crate) fn new(liger: &LigerConfig, config: &ModelConfig) -> Self {
-        let slots = liger.slots.unwrap_or(if liger.structure == Structure::Kept { KEPT } else { config.head_dim });
-        let kept = if liger.structure == Structure::Kept && liger.alpha != 0.0 { slots } else { 0 };
         Self {
             structure: liger.structure,
-            spec: AttentionSpec { window: Some(liger.window), sinks: liger.sinks, kept },
+            spec: AttentionSpec { window: Some(liger.window), sinks: liger.sinks, kept: liger.kept() },
             alpha: liger.alpha,
             beta: liger.beta,
-            slots,
+            slots: liger.slots.unwrap_or(config.head_dim),
         }
     }
 

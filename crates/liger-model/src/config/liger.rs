@@ -25,6 +25,10 @@ pub struct LigerConfig {
     pub softmax_layers: Vec<usize>,
 }
 
+/// Keys that `kept` keeps if the model does not say: with a window of 64, four sinks and heads of 64, all of it in bfloat16 is
+/// twice the bytes of the paper's window of 64 and its float32 state.
+const KEPT: usize = 116;
+
 const KEYS: [&str; 7] = ["structure", "window", "sinks", "alpha", "beta", "slots", "softmax_layers"];
 
 impl LigerConfig {
@@ -81,6 +85,12 @@ impl LigerConfig {
         };
         config.check(path)?;
         Ok(config)
+    }
+
+    /// Keys that stay besides window and sinks; 0 for every structure but `kept`.
+    pub fn kept(&self) -> usize {
+        let is_on = self.structure == Structure::Kept && self.alpha != 0.0;
+        if is_on { self.slots.unwrap_or(KEPT) } else { 0 }
     }
 
     /// Settings that do not go together.
