@@ -6,8 +6,8 @@ mod structures;
 use liger_tensor::AttentionSpec;
 
 pub(crate) use liger::{Liger, LigerActivations, LigerGradients, Projected};
-pub(crate) use structures::Form;
 pub use structures::Structure;
+pub(crate) use structures::{Form, kept};
 
 use crate::config::ModelConfig;
 

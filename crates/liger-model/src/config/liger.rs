@@ -2,7 +2,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::attention::Structure;
+use crate::attention::{Structure, kept};
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 
@@ -24,10 +24,6 @@ pub struct LigerConfig {
     /// Layers that keep their softmax attention over everything.
     pub softmax_layers: Vec<usize>,
 }
-
-/// Keys that `kept` keeps if the model does not say: with a window of 64, four sinks and heads of 64, all of it in bfloat16 is
-/// twice the bytes of the paper's window of 64 and its float32 state.
-const KEPT: usize = 116;
 
 const KEYS: [&str; 7] = ["structure", "window", "sinks", "alpha", "beta", "slots", "softmax_layers"];
 
@@ -90,7 +86,7 @@ impl LigerConfig {
     /// Keys that stay besides window and sinks; 0 for every structure but `kept`.
     pub fn kept(&self) -> usize {
         let is_on = self.structure == Structure::Kept && self.alpha != 0.0;
-        if is_on { self.slots.unwrap_or(KEPT) } else { 0 }
+        if is_on { self.slots.unwrap_or(kept::SLOTS) } else { 0 }
     }
 
     /// Settings that do not go together.

@@ -3,6 +3,7 @@
 mod gla;
 mod gsa;
 mod hgrn2;
+pub(crate) mod kept;
 mod mamba2;
 mod mean;
 mod retnet;
