@@ -95,12 +95,16 @@ def score(args):
                 of = lambda all_rows: [row for row in all_rows if row["subject"] == subject]
                 local = writer.write(f"{name}_{subject}", shipped.format(subject), shots, test=of(rows), dev=of(examples))
                 groups[name].append(local)
+        kind, model_args = "hf", {"pretrained": args.model, "dtype": "float32"}
+        if args.server:
+            url, name = args.server.rstrip("/") + "/v1/completions", Path(args.model).resolve().name
+            kind, model_args = "local-completions", {"model": name, "base_url": url, "tokenizer": args.model, "num_concurrent": 4}
         results = lm_eval.simple_evaluate(
-            model="hf",
-            model_args={"pretrained": args.model, "dtype": "float32"},
+            model=kind,
+            model_args=model_args,
             tasks=[task for group in groups.values() for task in group],
             task_manager=TaskManager(include_path=folder),
-            device="cpu",
+            device=None if args.server else "cpu",
             batch_size=args.batch_size,
             log_samples=True,
             bootstrap_iters=0,
@@ -167,6 +171,7 @@ def main():
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("score")
     verb.add_argument("--model", required=True)
+    verb.add_argument("--server", help="score what `liger serve MODEL` serves there, such as http://127.0.0.1:8080")
     verb.add_argument("--data-dir", required=True)
     verb.add_argument("--tasks", default=",".join([*SPLITS, *SUBJECTS]))
     verb.add_argument("--limit", type=int, default=300)

@@ -46,6 +46,18 @@ impl Generator<'_> {
         Ok(ops.download(&self.decoder.logits(&one)?)?)
     }
 
+    /// The same, and the logits `[ids, V]` of what comes after every one: for as many tokens as that has memory for.
+    ///
+    /// # Errors
+    /// As [`Generator::prefill`].
+    pub fn prefill_scoring(&self, state: &mut State, slot: usize, ids: &[u32]) -> Result<Vec<f32>> {
+        self.check_length(state.position(slot), ids.len())?;
+        let mut sequences = Sequences::default();
+        sequences.push(ids.len(), state.position(slot), slot);
+        let hidden = self.decoder.forward(ids, &sequences, Some(state), self.adapter)?;
+        Ok(self.decoder.ops().download(&self.decoder.logits(&hidden)?)?)
+    }
+
     /// One token for each of these slots; logits `[slots, V]`.
     ///
     /// # Errors

@@ -22,6 +22,10 @@ use tokio::sync::mpsc::{Sender, UnboundedReceiver, unbounded_channel};
 
 use crate::engine::{Event, Failure, Finish, Work};
 use crate::error::Refusal;
+use crate::scores::{self, Asked};
+
+/// Tokens named at each place of `logprobs`, at most.
+const MOST_TOP: u64 = 20;
 
 /// What the handlers share.
 pub(crate) struct App {
@@ -71,11 +75,12 @@ enum OneOrMany {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "`prompt`: expected a text, a list of tokens, or a list with one text")]
+#[serde(untagged, expecting = "`prompt`: expected a text, a list of tokens, or a list of such")]
 enum Prompt {
     Text(String),
     Ids(Vec<u32>),
     Texts(Vec<String>),
+    IdLists(Vec<Vec<u32>>),
 }
 
 /// What both kinds of request have. Fields that would change the answer and are not obeyed are refused, not ignored.
@@ -126,7 +131,23 @@ struct ChatRequest {
 }
 
 impl Common {
-    fn check(&self, app: &App) -> Result<(), Refusal> {
+    /// What is asked for of log-probabilities: OpenAI's completions count the tokens at each place.
+    fn scores(&self) -> Result<Option<Asked>, Refusal> {
+        let echo = self.echo == Some(true);
+        let value = match &self.logprobs {
+            None | Some(Value::Null | Value::Bool(false)) => return Ok(None),
+            Some(value) => value,
+        };
+        let top = value.as_u64().filter(|&top| top <= MOST_TOP).map(|top| top as usize);
+        let message = || format!("`logprobs`: found {value}, expected a whole number from 0 to {MOST_TOP}");
+        let top = top.ok_or_else(|| Refusal::invalid(Some("logprobs"), message()))?;
+        match self.stream {
+            true => Err(Refusal::invalid(Some("logprobs"), "`logprobs` does not go with `stream` on this server")),
+            false => Ok(Some(Asked { top, echo })),
+        }
+    }
+
+    fn check(&self, app: &App, kind: Kind) -> Result<(), Refusal> {
         if let Some(model) = self.model.as_ref().filter(|model| **model != app.name) {
             let message = format!("the model `{model}` is not served here; `{}` is", app.name);
             return Err(Refusal { status: StatusCode::NOT_FOUND, message, param: Some("model") });
@@ -136,8 +157,8 @@ impl Common {
         let unsupported = [
             ("n", self.n.is_some_and(|n| n != 1)),
             ("best_of", self.best_of.is_some_and(|n| n != 1)),
-            ("logprobs", is_set(&self.logprobs)),
-            ("echo", self.echo == Some(true)),
+            ("logprobs", kind == Kind::Chat && is_set(&self.logprobs)),
+            ("echo", self.echo == Some(true) && (kind == Kind::Chat || self.stream)),
             ("suffix", is_set(&self.suffix)),
             ("tools", is_set(&self.tools)),
             ("response_format", self.response_format.as_ref().is_some_and(|f| !f.is_null() && !is_text(f))),
@@ -171,7 +192,7 @@ impl Common {
         within("min_p", sampling.min_p, 0.0, 1.0)?;
         within("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0)?;
         let max_tokens = self.max_completion_tokens.or(self.max_tokens).unwrap_or(default_tokens);
-        if max_tokens == 0 {
+        if max_tokens == 0 && self.echo != Some(true) {
             return Err(Refusal::invalid(Some("max_tokens"), "`max_tokens`: found 0, expected at least 1"));
         }
         let seed = self.seed.unwrap_or_else(rand::random);
@@ -203,21 +224,14 @@ enum Kind {
 async fn completions(State(app): State<Arc<App>>, body: Result<Bytes, BytesRejection>) -> Result<Response, Refusal> {
     let request: CompletionRequest = parse(body)?;
     let encode =
-        |text: &str| app.tokenizer.encode(text, true).map_err(|e| Refusal::invalid(Some("prompt"), e.to_string()));
-    let prompt = match request.prompt {
-        Prompt::Text(text) => encode(&text)?,
-        Prompt::Ids(ids) => ids,
-        Prompt::Texts(texts) => match &texts[..] {
-            [only] => encode(only)?,
-            _ => {
-                return Err(Refusal::invalid(
-                    Some("prompt"),
-                    "`prompt`: several texts are not supported by this server",
-                ));
-            }
-        },
+        |text: &String| app.tokenizer.encode(text, true).map_err(|e| Refusal::invalid(Some("prompt"), e.to_string()));
+    let prompts = match request.prompt {
+        Prompt::Text(text) => vec![encode(&text)?],
+        Prompt::Ids(ids) => vec![ids],
+        Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
+        Prompt::IdLists(lists) => lists,
     };
-    answer(&app, prompt, &request.common, Kind::Completion, 16).await
+    answer(&app, prompts, &request.common, Kind::Completion, 16).await
 }
 
 async fn chat(State(app): State<Arc<App>>, body: Result<Bytes, BytesRejection>) -> Result<Response, Refusal> {
@@ -235,7 +249,7 @@ async fn chat(State(app): State<Arc<App>>, body: Result<Bytes, BytesRejection>) 
         .collect::<Result<_, Refusal>>()?;
     let text = template.render(&messages, true).map_err(|e| invalid(e.to_string()))?;
     let prompt = app.tokenizer.encode(&text, false).map_err(|e| invalid(e.to_string()))?;
-    answer(&app, prompt, &request.common, Kind::Chat, 1024).await
+    answer(&app, vec![prompt], &request.common, Kind::Chat, 1024).await
 }
 
 /// A text, or OpenAI's list of parts that are all text.
@@ -249,24 +263,41 @@ fn text_of(turn: &Turn) -> Option<String> {
 
 async fn answer(
     app: &App,
-    prompt: Vec<u32>,
+    prompts: Vec<Vec<u32>>,
     common: &Common,
     kind: Kind,
     default_tokens: usize,
 ) -> Result<Response, Refusal> {
-    common.check(app)?;
+    common.check(app, kind)?;
     let options = common.options(&app.stop_ids, default_tokens)?;
-    if prompt.is_empty() {
+    let scores = if kind == Kind::Completion { common.scores()? } else { None };
+    if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
         return Err(Refusal::invalid(Some("prompt"), "the prompt is empty"));
     }
-    let head = Head { kind, model: app.name.clone(), id: new_id(kind), created: now(), prompt_tokens: prompt.len() };
-    let (sender, events) = unbounded_channel();
-    let work = Work { prompt, options, stop: common.stop(), events: sender };
-    app.work.try_send(work).map_err(|e| match e {
-        TrySendError::Full(_) => Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many requests wait; come again"),
-        TrySendError::Closed(_) => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping"),
-    })?;
-    if common.stream { Ok(stream_out(head, events)) } else { whole(head, events).await }
+    if common.stream && prompts.len() > 1 {
+        return Err(Refusal::invalid(Some("prompt"), "`prompt`: several texts do not go with `stream` on this server"));
+    }
+    let prompt_tokens = prompts.iter().map(Vec::len).sum();
+    let head = Head { kind, model: app.name.clone(), id: new_id(kind), created: now(), prompt_tokens };
+    let mut texts = Vec::with_capacity(prompts.len());
+    for prompt in prompts {
+        let echo = match common.echo {
+            Some(true) => app.tokenizer.decode(&prompt, false),
+            _ => Ok(String::new()),
+        };
+        let echo = echo.map_err(|e| Refusal::invalid(Some("prompt"), e.to_string()))?;
+        let (sender, events) = unbounded_channel();
+        let work = Work { prompt, options: options.clone(), stop: common.stop(), scores, events: sender };
+        app.work.try_send(work).map_err(|e| match e {
+            TrySendError::Full(_) => Refusal::new(StatusCode::TOO_MANY_REQUESTS, "too many requests wait; come again"),
+            TrySendError::Closed(_) => Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "the server is stopping"),
+        })?;
+        texts.push((echo, events));
+    }
+    match (common.stream, texts.pop()) {
+        (true, Some((_, events))) => Ok(stream_out(head, events)),
+        (_, last) => whole(head, texts.into_iter().chain(last).collect(), scores.is_some()).await,
+    }
 }
 
 /// What every part of an answer begins with.
@@ -279,7 +310,7 @@ struct Head {
 }
 
 impl Head {
-    fn object(&self, choice: Value, usage: Option<usize>, is_chunk: bool) -> Value {
+    fn object(&self, choices: &[Value], usage: Option<usize>, is_chunk: bool) -> Value {
         let object = match (self.kind, is_chunk) {
             (Kind::Completion, _) => "text_completion",
             (Kind::Chat, false) => "chat.completion",
@@ -289,7 +320,7 @@ impl Head {
             json!({"prompt_tokens": self.prompt_tokens, "completion_tokens": tokens,
                 "total_tokens": self.prompt_tokens + tokens})
         });
-        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [choice],
+        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices,
             "usage": usage})
     }
 
@@ -309,19 +340,29 @@ impl Head {
     }
 }
 
-async fn whole(head: Head, mut events: UnboundedReceiver<Event>) -> Result<Response, Refusal> {
-    let mut text = String::new();
-    while let Some(event) = events.recv().await {
-        match event {
-            Event::Text(piece) => text.push_str(&piece),
-            Event::Done(finish) => {
-                let choice = head.choice(&text, Some(finish), false);
-                return Ok(Json(head.object(choice, Some(finish.tokens), false)).into_response());
+/// Texts of one request, each behind what is echoed of its prompt.
+async fn whole(head: Head, texts: Vec<(String, UnboundedReceiver<Event>)>, scored: bool) -> Result<Response, Refusal> {
+    let (mut choices, mut tokens) = (Vec::with_capacity(texts.len()), 0);
+    for (index, (mut text, mut events)) in texts.into_iter().enumerate() {
+        let mut scores = Vec::new();
+        let finish = loop {
+            match events.recv().await {
+                Some(Event::Text(piece)) => text.push_str(&piece),
+                Some(Event::Score(score)) => scores.push(score),
+                Some(Event::Done(finish)) => break finish,
+                Some(Event::Failed(failure)) => return Err(refusal(failure)),
+                None => return Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the text was lost")),
             }
-            Event::Failed(failure) => return Err(refusal(failure)),
+        };
+        tokens += finish.tokens;
+        let mut choice = head.choice(&text, Some(finish), false);
+        choice["index"] = json!(index);
+        if scored {
+            choice["logprobs"] = scores::to_json(&scores);
         }
+        choices.push(choice);
     }
-    Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the text was lost"))
+    Ok(Json(head.object(&choices, Some(tokens), false)).into_response())
 }
 
 /// What broke is said in the server's log: it may name what is nobody else's business.
@@ -343,10 +384,11 @@ fn stream_out(head: Head, events: UnboundedReceiver<Event>) -> Response {
         }
         loop {
             let (chunks, is_over) = match events.recv().await {
+                Some(Event::Score(_)) => continue,
                 Some(Event::Text(piece)) if piece.is_empty() => continue,
-                Some(Event::Text(piece)) => (vec![head.object(head.choice(&piece, None, true), None, true)], false),
+                Some(Event::Text(piece)) => (vec![head.object(&[head.choice(&piece, None, true)], None, true)], false),
                 Some(Event::Done(finish)) => {
-                    (vec![head.object(head.choice("", Some(finish), true), Some(finish.tokens), true)], true)
+                    (vec![head.object(&[head.choice("", Some(finish), true)], Some(finish.tokens), true)], true)
                 }
                 Some(Event::Failed(failure)) => (vec![refusal(failure).body()], true),
                 None => (Vec::new(), true),

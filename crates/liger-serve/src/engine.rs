@@ -9,6 +9,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 
+use crate::scores::{Asked, TokenScore};
+
 /// Tokens of a prompt that are read between two steps of the others: what they wait for at most.
 const CHUNK: usize = 256;
 
@@ -18,6 +20,8 @@ pub(crate) struct Work {
     pub(crate) prompt: Vec<u32>,
     pub(crate) options: GenerateOptions,
     pub(crate) stop: Vec<String>,
+    /// Log-probabilities, if they are asked for.
+    pub(crate) scores: Option<Asked>,
     /// A receiver that is gone ends the work.
     pub(crate) events: UnboundedSender<Event>,
 }
@@ -26,6 +30,8 @@ pub(crate) struct Work {
 #[derive(Debug)]
 pub(crate) enum Event {
     Text(String),
+    /// Of the next token of the prompt or of the answer, a token that ends it included.
+    Score(TokenScore),
     Done(Finish),
     Failed(Failure),
 }
@@ -73,6 +79,7 @@ struct Running<'a> {
     seen: Vec<u32>,
     written: usize,
     rng: ChaCha8Rng,
+    tokenizer: &'a Tokenizer,
     stream: TextStream<'a>,
     stop: StopStrings,
 }
@@ -84,6 +91,7 @@ impl<'a> Running<'a> {
             seen: work.prompt.clone(),
             written: 0,
             rng: ChaCha8Rng::seed_from_u64(work.options.seed),
+            tokenizer,
             stream: TextStream::new(tokenizer, &work.prompt),
             stop: StopStrings::new(&work.stop),
             work,
@@ -94,10 +102,30 @@ impl<'a> Running<'a> {
         self.read == self.work.prompt.len()
     }
 
+    /// Scores the prompt's tokens after `from`, given the logits `[., V]` of what comes after it and after those behind it.
+    fn score_prompt(&self, from: usize, logits: &[f32], vocabulary: usize, asked: Asked) -> Result<()> {
+        let Work { prompt, events, .. } = &self.work;
+        if from == 0 {
+            let _ = events.send(Event::Score(TokenScore::first(self.tokenizer, prompt[0])?));
+        }
+        for (row, id) in logits.chunks_exact(vocabulary).zip(&prompt[from + 1..]) {
+            let _ = events.send(Event::Score(TokenScore::of(self.tokenizer, row, *id, asked.top)?));
+        }
+        Ok(())
+    }
+
     /// The next token of logits `[V]`; whether the text goes on.
     fn take(&mut self, logits: &mut [f32]) -> Result<bool> {
-        let Work { options, events, .. } = &self.work;
+        let Work { options, events, scores, .. } = &self.work;
+        if options.max_tokens == 0 {
+            self.end(true);
+            return Ok(false);
+        }
+        let as_given = scores.map(|asked| (asked.top, logits.to_vec()));
         let id = options.sampling.pick(logits, &self.seen, &mut self.rng);
+        if let Some((top, logits)) = as_given {
+            let _ = events.send(Event::Score(TokenScore::of(self.tokenizer, &logits, id, top)?));
+        }
         if options.stop_ids.contains(&id) {
             self.end(false);
             return Ok(false);
@@ -174,7 +202,16 @@ fn read_chunk(running: &mut Running<'_>, generator: &Generator<'_>, state: &mut 
         return Ok(false);
     }
     let end = running.work.prompt.len().min(running.read + CHUNK);
-    let mut logits = generator.prefill(state, slot, &running.work.prompt[running.read..end])?;
+    let ids = &running.work.prompt[running.read..end];
+    let mut logits = match running.work.scores.filter(|asked| asked.echo) {
+        None => generator.prefill(state, slot, ids)?,
+        Some(asked) => {
+            let mut rows = generator.prefill_scoring(state, slot, ids)?;
+            let vocabulary = generator.decoder.config().vocab_size;
+            running.score_prompt(running.read, &rows, vocabulary, asked)?;
+            rows.split_off(rows.len() - vocabulary)
+        }
+    };
     running.read = end;
     if running.is_read() { running.take(&mut logits) } else { Ok(true) }
 }

@@ -8,6 +8,7 @@
 mod api;
 mod engine;
 mod error;
+mod scores;
 
 use std::future::Future;
 use std::sync::Arc;

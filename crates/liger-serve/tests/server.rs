@@ -121,6 +121,41 @@ fn texts_side_by_side_are_those_written_alone() {
     }
 }
 
+/// What lm-evaluation-harness asks: the log-probabilities of the prompt's own tokens, of several prompts at once.
+#[test]
+fn echoed_prompts_have_the_models_log_probabilities() {
+    let (server, decoder) = (Server::start(Limits { slots: 2, ..Limits::default() }), decoder());
+    // The first is read in several chunks.
+    let prompts: Vec<Vec<u32>> = vec![(0..600).map(|i| 32 + i * 7 % 90).collect(), vec![65], vec![72, 105, 33]];
+    let request = json!({"prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": 2, "echo": true});
+    let (status, answer) = server.complete(&request);
+    assert_eq!((status, answer["choices"].as_array().unwrap().len()), (200, 3), "{answer}");
+    assert_eq!(answer["usage"]["prompt_tokens"], json!(604));
+    for (index, prompt) in prompts.iter().enumerate() {
+        let choice = &answer["choices"][index];
+        let logprobs = choice["logprobs"]["token_logprobs"].as_array().unwrap();
+        assert_eq!((&choice["index"], logprobs.len()), (&json!(index), prompt.len() + 1), "{choice}");
+        assert!(logprobs[0].is_null() && choice["logprobs"]["top_logprobs"][0].is_null());
+        let hidden = decoder.forward(prompt, &liger_tensor::Sequences::fresh([prompt.len()]), None, None).unwrap();
+        let logits = decoder.ops().download(&decoder.logits(&hidden).unwrap()).unwrap();
+        let rows: Vec<&[f32]> = logits.chunks_exact(decoder.config().vocab_size).collect();
+        for (t, row) in rows.iter().enumerate() {
+            let all = row.iter().map(|&x| f64::from(x).exp()).sum::<f64>().ln();
+            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let expected = prompt.get(t + 1).map_or(largest, |&id| row[id as usize]);
+            let found = logprobs[t + 1].as_f64().unwrap();
+            assert!((found - (f64::from(expected) - all)).abs() < 1e-4, "{index}, {t}: {found}");
+            let top = choice["logprobs"]["top_logprobs"][t + 1].as_object().unwrap();
+            let best = top.values().map(|x| x.as_f64().unwrap()).fold(f64::NEG_INFINITY, f64::max);
+            assert!((best - (f64::from(largest) - all)).abs() < 1e-4, "{index}, {t}: {top:?}");
+        }
+    }
+    assert!(answer["choices"][2]["text"].as_str().unwrap().starts_with("Hi!"), "{answer}");
+    let (status, answer) = server.complete(&json!({"prompt": "Hi!", "max_tokens": 0, "logprobs": 0, "echo": true}));
+    assert_eq!((status, &answer["choices"][0]["text"]), (200, &json!("Hi!")), "{answer}");
+    assert_eq!(answer["choices"][0]["logprobs"]["text_offset"], json!([0, 1, 2]));
+}
+
 #[test]
 fn streams_stops_and_seeds() {
     let server = Server::start(Limits::default());
@@ -166,7 +201,21 @@ fn mistakes_are_said_in_openais_form() {
     refused("/v1/completions", "{\"prompt\": \"a\", \"stop\": 5}", 400, "`stop`: expected a text or a list of texts");
     refused("/v1/completions", "{\"prompt\": [300]}", 400, "300");
     refused("/v1/completions", "{\"prompt\": \"a\", \"n\": 2}", 400, "`n` is not supported");
-    refused("/v1/completions", "{\"prompt\": \"a\", \"logprobs\": 1}", 400, "`logprobs` is not supported");
+    refused(
+        "/v1/completions",
+        "{\"prompt\": \"a\", \"logprobs\": 21}",
+        400,
+        "`logprobs`: found 21, expected a whole number",
+    );
+    refused(
+        "/v1/completions",
+        "{\"prompt\": \"a\", \"logprobs\": 1, \"stream\": true}",
+        400,
+        "does not go with `stream`",
+    );
+    refused("/v1/completions", "{\"prompt\": [[1], []]}", 400, "the prompt is empty");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"max_tokens\": 0}", 400, "`max_tokens`: found 0");
+    refused("/v1/chat/completions", "{\"messages\": [], \"logprobs\": true}", 400, "no chat template");
     refused("/v1/completions", "{\"prompt\": \"a\", \"temperature\": -1}", 400, "`temperature`: found -1");
     refused("/v1/completions", "{\"prompt\": \"a\", \"model\": \"gpt\"}", 404, "`tiny` is");
     refused("/v1/completions", &"x".repeat(3000), 413, "too long");
