@@ -8,18 +8,6 @@ struct KeptSizes {
     float scale;               // of the sum of a stretch's queries times a key
 };
 
-// As in attention.cu.
-struct BlockInfo {
-    int start, len, position, slot, first;
-};
-
-// As in recurrence.cuh: a chunk of 64 tokens.
-struct ChunkInfo {
-    int start, len;
-    int sequence;
-    int first, count;  // of the sequence's chunks
-};
-
 #define CHUNK 64
 #define WARPS 8
 #define LANE static_cast<int>(threadIdx.x & 31)

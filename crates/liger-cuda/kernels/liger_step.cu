@@ -122,7 +122,7 @@ template <int ROWS, int COLUMNS> struct StatePart {
     }
 };
 
-// Rows of the cache are as in attention.cu: the sinks, then a ring over the window; or slots, then a ring of two windows.
+// Rows of the cache are as in attention.cuh: the sinks, then a ring over the window; or slots, then a ring of two windows.
 __device__ __forceinline__ int cache_row(const StepSizes& s, int position) {
     if (KEPT) return s.kept_slots + position % (2 * s.window);
     return position < s.sinks ? position : s.sinks + (position - s.sinks) % s.window;

@@ -46,14 +46,6 @@
 #define FIRST_SEEN(i) (STEP * (i) * ((i) + 1) / 2)
 #define SEEN FIRST_SEEN(STEPS)
 
-struct ChunkInfo {
-    int start;     // first row of the batch
-    int len;       // tokens
-    int sequence;  // which sequence
-    int first;     // index of the sequence's first chunk
-    int count;     // chunks of the sequence
-};
-
 struct Sizes {
     int heads, kv;
 };

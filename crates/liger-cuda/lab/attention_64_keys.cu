@@ -12,21 +12,6 @@
 #define WIDTH ((DIM + 15) / 16 * 16)
 #define LD (WIDTH + PAD)
 #define TOKENS (ROWS / GROUP)
-#define EVERYTHING 0x7fffffff
-
-struct AttentionSizes {
-    int heads, kv;
-    int window;      // of all keys: EVERYTHING
-    int sinks;
-    int cache_rows;  // 0 without a cache
-    int ring;        // whether the cache is a ring after the sinks
-    float scale;
-};
-
-struct BlockInfo {
-    int start, len, position, slot;  // the sequence: first row, rows, position of the first, slot
-    int first;                       // first token (or key) of this block, counted in the sequence
-};
 
 // The keys that tokens from..to of a text see: `sinks` first ones from `oldest`, then those from `low`.
 struct Visible {
@@ -42,10 +27,6 @@ struct Visible {
 
 __device__ __forceinline__ bool sees(const AttentionSizes& s, int row, int key) {
     return key <= row && (row - key < s.window || key < s.sinks);
-}
-
-__device__ __forceinline__ int cache_row(const AttentionSizes& s, int position) {
-    return s.ring && position >= s.sinks ? s.sinks + (position - s.sinks) % s.window : position;
 }
 
 // Rows of `LENGTH` activations into a tile [COUNT, ACROSS + PAD]; source(r) is where row r begins, or null for zeros.

@@ -77,14 +77,6 @@ __device__ __forceinline__ void load_tile(elem* tile, Source source) {
     }
 }
 
-struct ChunkInfo {
-    int start;     // first row of the batch
-    int len;       // tokens
-    int sequence;  // which sequence
-    int first;     // index of the sequence's first chunk
-    int count;     // chunks of the sequence
-};
-
 struct Sizes {
     int heads, kv;
 };

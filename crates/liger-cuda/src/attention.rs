@@ -1,14 +1,14 @@
-//! Softmax attention: sizes and blocks for `kernels/attention.cu`, and the key/value cache.
+//! Softmax attention: sizes and blocks for `kernels/attention.cu`.
 
-use liger_tensor::checks::{self, Heads, grown_cache_rows, same_length};
+use liger_tensor::checks::{self, Heads, same_length};
 use liger_tensor::{
     Attention, AttentionGradients, AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor,
 };
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
-use crate::kept::{Kept, remembered};
-use crate::{Cuda, pointer, shared_bytes, typed};
+use crate::kept::Kept;
+use crate::{Cuda, shared_bytes, typed};
 
 /// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `FORWARD_KEYS`, `QUERIES` of the
 /// kernels; the backward has two of what it loads, one on its way.
@@ -20,10 +20,6 @@ const QUERIES: usize = 32;
 const THREADS: u32 = 128;
 /// Sinks that the backward has room for.
 const MOST_SINKS: usize = 16;
-/// Query heads that one block of the one-token kernel takes: `STEP_HEADS`.
-const STEP_HEADS: usize = 4;
-/// Keys that a block of the one-token kernel looks at before the text is split over several.
-const KEYS_PER_SPLIT: usize = 512;
 /// Largest head: `STEP_DIMS` times a warp.
 const LARGEST_HEAD: usize = 256;
 
@@ -50,7 +46,7 @@ fn tokens_of_a_block(heads: Heads, spec: AttentionSpec) -> usize {
 }
 
 /// `AttentionSizes` of the kernels.
-fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
+pub(crate) fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
     let window = spec.window.map_or(i32::MAX, |w| w as i32);
     let scale = (1.0 / (heads.dim as f32).sqrt()).to_bits() as i32;
     let ring = i32::from(spec.window.is_some());
@@ -60,10 +56,10 @@ fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
 }
 
 /// Inputs of a call, and what they have in common.
-struct Call<'a> {
-    inputs: Attention<'a>,
-    heads: Heads,
-    kept: Option<Kept>,
+pub(crate) struct Call<'a> {
+    pub(crate) inputs: Attention<'a>,
+    pub(crate) heads: Heads,
+    pub(crate) kept: Option<Kept>,
 }
 
 impl<'a> Call<'a> {
@@ -221,98 +217,8 @@ impl Cuda {
     }
 
     fn attention_kernel(&self, name: &'static str, call: &Call<'_>, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        self.kernel_of_heads(name, call.heads, call.kept.is_some(), launch, args)
-    }
-
-    fn kernel_of_heads(
-        &self,
-        name: &'static str,
-        heads: Heads,
-        kept: bool,
-        launch: Launch,
-        args: &[Arg<'_>],
-    ) -> Result<()> {
-        let sizes = [heads.dim, heads.group(), usize::from(kept), 0, 0];
+        let (heads, kept) = (call.heads, usize::from(call.kept.is_some()));
+        let sizes = [heads.dim, heads.group(), kept, 0, 0];
         self.gpu.launch((Source::Attention, name), Variant { activations: self.activations, sizes }, launch, args)
-    }
-
-    /// Grows a cache without a window to hold the positions to come.
-    fn reserve(&self, cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
-        let Some(grown_rows) = grown_cache_rows(cache, sequences) else { return Ok(()) };
-        let (slots, have) = (cache.keys.dim(0), cache.keys.dim(2));
-        for tensor in [&mut cache.keys, &mut cache.values] {
-            let grown = self.tensor(&[slots, heads.kv, grown_rows, heads.dim], tensor.dtype())?;
-            self.gpu.clear(pointer("cache", &grown)?, grown.bytes())?;
-            let n = slots * heads.kv * have * heads.dim;
-            let args = [
-                Arg::Pointer(pointer("cache", &grown)?),
-                Arg::Pointer(if n > 0 { pointer("cache", tensor)? } else { 0 }),
-                Arg::Int(have as i32),
-                Arg::Int(grown_rows as i32),
-                Arg::Long(n as i64),
-            ];
-            self.kernel_of_heads("cache_grow", heads, false, Launch::over(n, 1), &args)?;
-            *tensor = grown;
-        }
-        Ok(())
-    }
-
-    /// What stays goes into the slots, what is new into the ring.
-    fn insert(&self, cache: &KeyValueCache, call: &Call<'_>) -> Result<()> {
-        const NAME: &str = "cache_insert";
-        let Attention { k, v, scores, sequences, .. } = call.inputs;
-        let batch = self.batch(sequences)?;
-        let words = words(call.heads, cache.spec, cache.keys.dim(2));
-        let (mut held, mut new) = (0, 0);
-        if let (Some(kept), Some(scores)) = (&call.kept, scores) {
-            kept.store(self, cache, k, v)?;
-            (held, new) = (remembered(cache)?.0, typed(NAME, scores, DType::F32)?);
-        }
-        let args = [
-            self.act(NAME, &cache.keys)?,
-            self.act(NAME, &cache.values)?,
-            Arg::Pointer(held),
-            self.act(NAME, k)?,
-            self.act(NAME, v)?,
-            Arg::Pointer(new),
-            Arg::Pointer(batch.rows.pointer),
-            Arg::Words(&words),
-        ];
-        let launch = Launch { grid: (sequences.rows() as u32, 1, 1), block: (256, 1), shared: 0 };
-        self.attention_kernel(NAME, call, launch, &args)
-    }
-
-    fn attention_step(&self, out: &Tensor, cache: &KeyValueCache, call: &Call<'_>) -> Result<()> {
-        const NAME: &str = "attention_step";
-        let (Attention { q, sequences, .. }, heads) = (call.inputs, call.heads);
-        let rows = sequences.rows();
-        let most = match cache.spec.window {
-            Some(_) => cache.spec.cache_rows(),
-            None => sequences.list().iter().map(|s| s.position + 1).max().unwrap_or(1),
-        };
-        let splits = most.div_ceil(KEYS_PER_SPLIT).min(64);
-        let per_split = most.div_ceil(splits);
-        let parts = self.gpu.allocate(rows * heads.query * splits * (heads.dim + 2) * 4)?;
-        let words = self::words(heads, cache.spec, cache.keys.dim(2));
-        let batch = self.batch(sequences)?;
-        let args = [
-            self.act(NAME, out)?,
-            Arg::Pointer(parts.pointer),
-            self.act(NAME, q)?,
-            self.act(NAME, &cache.keys)?,
-            self.act(NAME, &cache.values)?,
-            Arg::Pointer(batch.rows.pointer),
-            Arg::Int(per_split as i32),
-            Arg::Words(&words),
-        ];
-        let slices = heads.kv * heads.group().div_ceil(STEP_HEADS);
-        let launch = Launch { grid: (splits as u32, slices as u32, rows as u32), block: (256, 1), shared: 0 };
-        self.attention_kernel(NAME, call, launch, &args)?;
-        if splits == 1 {
-            return Ok(());
-        }
-        let args = [self.act(NAME, out)?, Arg::Pointer(parts.pointer), Arg::Int(splits as i32)];
-        let launch = Launch { grid: ((rows * heads.query) as u32, 1, 1), block: (128, 1), shared: 0 };
-        self.attention_kernel("attention_merge", call, launch, &args)
     }
 }

@@ -32,6 +32,8 @@ pub enum Source {
     Features,
     /// Softmax attention.
     Attention,
+    /// Its key/value cache, and one token of it.
+    AttentionStep,
     /// Which keys stay when they leave the window.
     Kept,
     /// The gated recurrence in chunks.
@@ -54,16 +56,19 @@ pub enum Source {
 
 const COMMON: &str = include_str!("../kernels/common.cuh");
 const TILE: &str = include_str!("../kernels/tile.cuh");
+const BATCH: &str = include_str!("../kernels/batch.cuh");
+const ATTENTION: &str = include_str!("../kernels/attention.cuh");
 const KEPT: &str = include_str!("../kernels/kept.cuh");
 const GATES: &str = include_str!("../kernels/gates.cuh");
 const RECURRENCE: &str = include_str!("../kernels/recurrence.cuh");
 
 impl Source {
     /// Every file.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Elementwise,
         Self::Features,
         Self::Attention,
+        Self::AttentionStep,
         Self::Kept,
         Self::RecurrenceChunks,
         Self::RecurrenceGradients,
@@ -80,6 +85,7 @@ impl Source {
             Self::Elementwise => "elementwise.cu",
             Self::Features => "features.cu",
             Self::Attention => "attention.cu",
+            Self::AttentionStep => "attention_step.cu",
             Self::Kept => "kept.cu",
             Self::RecurrenceChunks => "recurrence_chunks.cu",
             Self::RecurrenceGradients => "recurrence_gradients.cu",
@@ -97,6 +103,7 @@ impl Source {
             Self::Elementwise => include_str!("../kernels/elementwise.cu"),
             Self::Features => include_str!("../kernels/features.cu"),
             Self::Attention => include_str!("../kernels/attention.cu"),
+            Self::AttentionStep => include_str!("../kernels/attention_step.cu"),
             Self::Kept => include_str!("../kernels/kept.cu"),
             Self::RecurrenceChunks => include_str!("../kernels/recurrence_chunks.cu"),
             Self::RecurrenceGradients => include_str!("../kernels/recurrence_gradients.cu"),
@@ -112,7 +119,7 @@ impl Source {
     /// Names of the sizes that the file's kernels are compiled for.
     pub fn sizes(self) -> &'static [&'static str] {
         match self {
-            Self::Attention => &["DIM", "GROUP", "KEPT"],
+            Self::Attention | Self::AttentionStep => &["DIM", "GROUP", "KEPT"],
             Self::LigerStep => &["DIM", "GROUP", "SLOTS", "KEPT"],
             Self::LowRank => &["RANK", "PROJECTIONS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
@@ -125,12 +132,15 @@ impl Source {
     /// What stands before the file's own text.
     fn headers(self) -> &'static [&'static str] {
         match self {
-            Self::Attention => &[COMMON, TILE, KEPT],
+            Self::Attention => &[COMMON, TILE, BATCH, KEPT, ATTENTION],
+            Self::AttentionStep => &[COMMON, BATCH, KEPT, ATTENTION],
             Self::LowRank => &[COMMON, TILE],
-            Self::Kept => &[COMMON, KEPT],
+            Self::Kept => &[COMMON, BATCH, KEPT],
             Self::Features => &[COMMON, GATES],
             Self::LigerStep => &[COMMON, GATES, KEPT],
-            Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => &[COMMON, TILE, RECURRENCE],
+            Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
+                &[COMMON, TILE, BATCH, RECURRENCE]
+            }
             _ => &[COMMON],
         }
     }

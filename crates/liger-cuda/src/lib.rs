@@ -7,6 +7,7 @@
 //! ```
 
 mod attention;
+mod attention_step;
 mod batch;
 mod compile;
 mod driver;

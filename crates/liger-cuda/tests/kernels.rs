@@ -10,7 +10,7 @@ use liger_tensor::DType;
 /// Sizes to compile for: Llama 3 at 1B and 8B, SmolLM2, and gsa's axis.
 fn sizes(source: Source) -> Vec<[usize; 5]> {
     match source {
-        Source::Attention => {
+        Source::Attention | Source::AttentionStep => {
             vec![
                 [64, 4, 0, 0, 0],
                 [64, 3, 1, 0, 0],

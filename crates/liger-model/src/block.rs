@@ -160,7 +160,7 @@ impl Context<'_> {
                 let cache = state.map(|(cache, _)| cache);
                 statistics = if trains { ops.attention_statistics(&q)? } else { None };
                 let kept = statistics.as_mut();
-                let inputs = softmax(&rope_q, &rope_k, &v, self.sequences, *spec);
+                let inputs = softmax_inputs(&rope_q, &rope_k, &v, self.sequences, *spec);
                 ops.attention_forward(&mut out, inputs, cache, kept)?;
                 (out, None)
             }
@@ -301,7 +301,7 @@ impl Context<'_> {
                 let mut v = ops.empty(activations.v.shape())?;
                 let Activations { rope_q: q, rope_k: k, v: value, mixed, statistics, .. } = activations;
                 let gradients = AttentionGradients { q: &mut rope_q, k: &mut rope_k, v: &mut v };
-                let inputs = softmax(q, k, value, self.sequences, mixer.spec());
+                let inputs = softmax_inputs(q, k, value, self.sequences, mixer.spec());
                 ops.attention_backward(gradients, inputs, mixed, statistics.as_ref(), dmixed)?;
                 Ok(LigerGradients { plain: None, v, rope_q, rope_k, alpha: 0.0, beta: 1.0 })
             }
@@ -309,7 +309,7 @@ impl Context<'_> {
     }
 }
 
-fn softmax<'a>(
+fn softmax_inputs<'a>(
     q: &'a Tensor,
     k: &'a Tensor,
     v: &'a Tensor,

@@ -46,7 +46,7 @@ impl Generator<'_> {
         Ok(ops.download(&self.decoder.logits(&one)?)?)
     }
 
-    /// The same, and the logits `[ids, V]` of what comes after every one: for as many tokens as that has memory for.
+    /// The same in one piece, with the logits `[ids, V]` of what comes after every token: their memory grows with `ids`.
     ///
     /// # Errors
     /// As [`Generator::prefill`].

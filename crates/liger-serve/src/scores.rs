@@ -32,9 +32,10 @@ impl TokenScore {
         let sum: f64 = logits.iter().map(|x| f64::from(x - largest).exp()).sum();
         let all = f64::from(largest) + sum.ln();
         let logprob = |id: usize| logits.get(id).map_or(f32::NEG_INFINITY, |&x| (f64::from(x) - all) as f32);
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        let top = top.min(order.len());
+        let top = top.min(logits.len());
+        let mut order = Vec::new();
         if top > 0 {
+            order.extend(0..logits.len());
             order.select_nth_unstable_by(top - 1, |&a, &b| logits[b].total_cmp(&logits[a]));
         }
         order.truncate(top);

@@ -128,7 +128,7 @@ impl Liger {
                 let qkv = (x.q, x.k, x.v);
                 Branch::Slots(Slots::forward(ops, &mut recurrent, qkv, self.slots, sequences, recurrent_state, trains)?)
             }
-            Form::Kept => Branch::Off,
+            Form::Kept => Branch::Off, // has no branch: it has left above
         };
         ops.combine(&mut mixed, self.alpha, &recurrent, self.beta, &window)?;
         Ok((mixed, LigerActivations { window, statistics, scores, recurrent: Some(recurrent), branch }))
