@@ -24,12 +24,14 @@
 // The keys that tokens from..to of a text see: first sinks from `oldest`, or what slots hold, then those from `low`.
 struct Visible {
     int oldest, low, first, count;
+    int nearest;  // kept keys before this position are moved on to it
     const int* list;
     __device__ Visible(const AttentionSizes& s, int oldest_, int from, int to, const int* list_) {
         oldest = oldest_, list = list_;
 #if KEPT
         low = max(from / s.window - 1, 0) * s.window;
         first = filled_slots(from, s.window, s.slots);
+        nearest = nearest_of(from / s.window, s.window, s.reach);
 #else
         low = s.window == EVERYTHING ? oldest : max(from + 1 - s.window, oldest);
         first = max(min(s.sinks, low) - oldest, 0);
@@ -45,6 +47,10 @@ struct Visible {
         int at = position(i), t = at - b.position;
         return t >= 0 ? t : -2 - cache_row(s, at);
     }
+#if KEPT
+    // By how many tokens key i is moved on.
+    __device__ int turn(const AttentionSizes& s, int i) const { return i < first ? nearest - list[s.slots + i] : 0; }
+#endif
     __device__ bool sees(const AttentionSizes& s, int row, int i) const {
 #if KEPT
         return i < first || (i < count && position(i) <= row);
@@ -79,7 +85,7 @@ __device__ __forceinline__ void fetch_queries(elem* tile, const act* x, const Bl
 #if KEPT
 // What the slots hold for the stretch of a block; see kept.cuh.
 __device__ __forceinline__ const int* list_of(const int* lists, int stretch, int head, const AttentionSizes& s) {
-    return lists + (static_cast<long long>(stretch) * s.kv + head) * s.slots;
+    return lists + (static_cast<long long>(stretch) * s.kv + head) * 2 * s.slots;
 }
 #define LIST list_of(lists, stretches[blockIdx.x], head, s)
 #else
@@ -100,8 +106,8 @@ __device__ __forceinline__ float quad_sum(float x) {
 // its registers. Grid (blocks, K).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_forward(act* out, float* lse, const act* q, const act* k, const act* v, const act* cached_k,
-                      const act* cached_v, const BlockInfo* blocks, const int* lists, const int* stretches,
-                      AttentionSizes s) {
+                      const act* cached_v, const float* frequencies, const BlockInfo* blocks, const int* lists,
+                      const int* stretches, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
     int head = blockIdx.y;
     int tokens = tokens_of(b, s), from = b.position + b.first;
@@ -126,6 +132,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         fetch_tile<FORWARD_KEYS, WIDTH, DIM, THREADS>(vt, [&](int j) { return key_row(v, cached_v, j); });
         wait_for_tiles();
         __syncthreads();
+#if KEPT
+        if (visible.nearest > 0 && first < visible.first) {
+            turn_keys(kt, LD, FORWARD_KEYS, frequencies, [&](int j) { return visible.turn(s, first + j); });
+            __syncthreads();
+        }
+#endif
         float scores[FORWARD_KEYS / 8][4];
         set_zero(scores);
         product<WIDTH, false, true>(scores, qt, LD, WARP * 16, kt, LD, 0);
@@ -202,8 +214,8 @@ extern "C" __global__ void attention_inner(float* inner, const act* out, const a
 // sinks; at most 16. Grid (blocks, K).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_backward_rows(act* dq, float* parts, const act* q, const act* k, const act* v, const act* dout,
-                            const float* lse, const float* inner, const BlockInfo* blocks, const int* lists,
-                            const int* stretches, AttentionSizes s) {
+                            const float* lse, const float* inner, const float* frequencies, const BlockInfo* blocks,
+                            const int* lists, const int* stretches, AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
     int head = blockIdx.y;
     int tokens = tokens_of(b, s), from = b.position + b.first;
@@ -240,7 +252,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         wait_for_tiles();
         __syncthreads();
         if (first + QUERIES < visible.count) fetch_keys(first + QUERIES, half ^ 1);
-        const elem *kt = keys + half * QUERIES * LD, *vt = values + half * QUERIES * LD;
+        elem *kt = keys + half * QUERIES * LD, *vt = values + half * QUERIES * LD;
+#if KEPT
+        if (visible.nearest > 0 && first < visible.first) {
+            turn_keys(kt, LD, QUERIES, frequencies, [&](int j) { return visible.turn(s, first + j); });
+            __syncthreads();
+        }
+#endif
         float p[QUERIES / 8][4], ds[QUERIES / 8][4];
         set_zero(p);
         set_zero(ds);
@@ -299,11 +317,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 // Keys and values at work, their gradients' sums, and rows that come by. A warp has 16 keys; scores are taken transposed, so
 // that they can be the left factor of both gradients. `key_row(x, j)` is where key j begins, or null; `sees(token, key)` says
-// whether a token of the sequence sees a key of the block; `store(key, d, sums of k and v)` takes two columns.
-template <class KeyRow, class Sees, class Skips, class Store>
+// whether a token of the sequence sees a key of the block; `prepare(keys)` is called when they are there; `store(key, d, sums of k and v)` takes two columns.
+template <class KeyRow, class Prepare, class Sees, class Skips, class Store>
 __device__ __forceinline__ void gradients_of_keys(const act* q, const act* k, const act* v, const act* dout, const float* lse,
                                                   const float* inner, const BlockInfo& b, int head, const AttentionSizes& s,
-                                                  int from, int last, KeyRow key_row, Sees sees, Skips skips, Store store) {
+                                                  int from, int last, KeyRow key_row, Prepare prepare, Sees sees,
+                                                  Skips skips, Store store) {
     __shared__ float all_lse[2][QUERIES], all_inner[2][QUERIES];
     constexpr int PER_LOAD = QUERIES >= GROUP ? QUERIES / GROUP : 1;
     Carver carve;
@@ -333,6 +352,7 @@ __device__ __forceinline__ void gradients_of_keys(const act* q, const act* k, co
         int tokens = min(PER_LOAD, last - first);
         wait_for_tiles();
         __syncthreads();
+        if (first == from) prepare(kt);
         if (first + PER_LOAD < last) fetch_rows(first + PER_LOAD, half ^ 1);
         if (skips(first, tokens)) continue;
         const elem *qt = queries + half * QUERIES * LD, *dot = gradients + half * QUERIES * LD;
@@ -379,7 +399,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
     auto at = [&](int key) { return (static_cast<long long>(b.start + b.first + key) * s.kv + head) * DIM; };
     gradients_of_keys(
         q, k, v, dout, lse, inner, b, head, s, b.first, last,
-        [&](const act* x, int j) -> const act* { return j < count ? x + at(j) : nullptr; },
+        [&](const act* x, int j) -> const act* { return j < count ? x + at(j) : nullptr; }, [](elem*) {},
         [&](int token, int key) { return key < count && in_window(s, token, b.first + key); },
         [&](int first, int tokens) {
             // No pair of these rows with the warp's keys is seen.
@@ -394,11 +414,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
 }
 
 #if KEPT
-// What the queries of each stretch give to the gradients of what the slots hold: parts [stretches, K, 2, slots, D] (dk, dv).
+// What the queries of each stretch give to the gradients of what the slots hold, moved on as they are: parts [stretches, K, 2, slots, D] (dk, dv).
 // Grid (stretches, K, blocks of KEYS slots).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
     attention_backward_slots(float* parts, const act* q, const act* k, const act* v, const act* dout, const float* lse,
-                             const float* inner, const BlockInfo* blocks, const int* lists, AttentionSizes s) {
+                             const float* inner, const float* frequencies, const BlockInfo* blocks, const int* lists,
+                             AttentionSizes s) {
     BlockInfo b = blocks[blockIdx.x];
     int head = blockIdx.y, offset = blockIdx.z * KEYS, count = filled_slots(b.first, s.window, s.slots) - offset;
     if (count <= 0) return;
@@ -408,6 +429,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS > 1 ? 3 : 1)
         q, k, v, dout, lse, inner, b, head, s, b.first, min(b.len, b.first + s.window),
         [&](const act* x, int j) -> const act* {
             return j < count ? x + (static_cast<long long>(b.start + list[j]) * s.kv + head) * DIM : nullptr;
+        },
+        [&](elem* keys) {
+            int nearest = nearest_of(b.first / s.window, s.window, s.reach);
+            if (nearest <= 0) return;
+            turn_keys(keys, LD, min(count, KEYS), frequencies, [&](int j) { return nearest - list[s.slots + j]; });
+            __syncthreads();
         },
         [&](int, int key) { return key < count; }, [](int, int) { return false; },
         [&](int key, int d, float k0, float k1, float v0, float v1) {

@@ -1,6 +1,7 @@
 // Sizes of softmax attention, which keys a window shows, and where a cache keeps them. KEPT: with a window that moves in
 // stretches of its own size, and slots before the cache's ring (kept.cuh).
 
+// A window, or a reach, without end.
 #define EVERYTHING 0x7fffffff
 
 struct AttentionSizes {
@@ -12,6 +13,7 @@ struct AttentionSizes {
     float scale;
     int slots;       // KEPT: rows of the cache before the ring
     int per_block;   // KEPT: tokens of a block at most; none goes across the border of two stretches
+    int reach;       // KEPT: of a key before the window, or EVERYTHING
 };
 
 #if KEPT

@@ -40,8 +40,9 @@ extern "C" __global__ void cache_grow(act* grown, const act* old, int old_rows, 
 // time. With one split `out` is written, else parts [sequences, H, splits, D + 2]: maximum, sum, weighted values.
 // Grid (splits, K * ceil(group / STEP_HEADS), sequences).
 extern "C" __global__ void __launch_bounds__(256)
-    attention_step(act* out, float* parts, const act* q, const act* cached_k, const act* cached_v, const BlockInfo* rows,
-                   int per_split, AttentionSizes s) {
+    attention_step(act* out, float* parts, const act* q, const act* cached_k, const act* cached_v,
+                   const float* cached_positions, const float* frequencies, const BlockInfo* rows, int per_split,
+                   AttentionSizes s) {
     __shared__ float shared_best[8][STEP_HEADS], shared_sum[8][STEP_HEADS];
     __shared__ float shared_acc[8][STEP_HEADS][32 * STEP_DIMS];
     BlockInfo b = rows[blockIdx.z];
@@ -49,7 +50,8 @@ extern "C" __global__ void __launch_bounds__(256)
     int head = blockIdx.y / slices, first_g = blockIdx.y % slices * STEP_HEADS;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 #if KEPT
-    int valid = s.cache_rows;
+    int valid = s.cache_rows, nearest = nearest_of(b.position / s.window, s.window, s.reach);
+    const float* positions = cached_positions + (static_cast<long long>(b.slot) * s.kv + head) * s.slots;
 #else
     int valid = b.position + 1;
     if (s.ring) valid = min(valid, s.sinks + s.window);
@@ -81,6 +83,19 @@ extern "C" __global__ void __launch_bounds__(256)
             kd[i] = d < DIM ? to_float(key[d]) : 0.0f;
             vd[i] = d < DIM ? to_float(value[d]) : 0.0f;
         }
+#if KEPT
+        if (j < s.slots && nearest > 0) {
+            int turn = nearest - static_cast<int>(positions[j]);
+#pragma unroll
+            for (int i = 0; i < STEP_DIMS; i++) {
+                int d = lane + 32 * i;
+                if (turn <= 0 || d >= DIM) continue;
+                float other = to_float(key[d < HALF ? d + HALF : d - HALF]), sine, cosine;
+                revolve(turn, frequencies, d % HALF, &sine, &cosine);
+                kd[i] = kd[i] * cosine + (d < HALF ? -other : other) * sine;
+            }
+        }
+#endif
 #pragma unroll
         for (int g = 0; g < STEP_HEADS; g++) {
             float score = 0.0f;

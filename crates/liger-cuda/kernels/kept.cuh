@@ -1,7 +1,10 @@
 // Keys that stay when they leave the window. What a slot holds is written as one number: a row of the sequence at work, or
-// -2 - row of the cache, or EMPTY.
+// -2 - row of the cache, or EMPTY. A list of what the slots hold is followed by the positions of those tokens.
+//
+// DIM is fixed when the kernels are compiled.
 
 #define EMPTY (-1)
+#define HALF (DIM / 2)
 
 // Slots that are filled when queries of the stretch of `position` look at them: two stretches are still the window's.
 __device__ __forceinline__ int filled_slots(int position, int window, int slots) {
@@ -15,62 +18,159 @@ __device__ __forceinline__ bool row_in_use(int position, int row, int window, in
     return half == stretch % 2 ? (row - slots) % window <= position % window : stretch > 0;
 }
 
-// log sum over `group` heads of exp(mean query . key * scale), by one warp; means [group, dim] in shared memory.
-__device__ __forceinline__ float liking(const act* key, const float* means, int group, int dim, float scale) {
-    int lane = threadIdx.x & 31;
-    float best = NEGATIVE_INFINITY, sum = 0.0f;
-    for (int g = 0; g < group; g++) {
-        float dot = 0.0f;
-        for (int d = lane; d < dim; d += 32) dot += means[g * dim + d] * to_float(key[d]);
-        dot = warp_sum(dot) * scale;
-        float top = fmaxf(best, dot);
-        sum = sum * expf(best - top) + expf(dot - top), best = top;
-    }
-    return best + logf(sum);
+// Kept keys before this position are moved on to it, for queries of a stretch; `reach` may be EVERYTHING.
+__device__ __forceinline__ int nearest_of(int stretch, int window, int reach) { return max(stretch - 1, 0) * window - reach; }
+
+// Sine and cosine of RoPE's pair `d` after so many tokens. frequencies [2, HALF]: revolutions a token, and what float32 misses
+// of them.
+__device__ __forceinline__ void revolve(int tokens, const float* frequencies, int d, float* sine, float* cosine) {
+    float count = static_cast<float>(tokens), whole = count * frequencies[d];
+    float missing = fmaf(count, frequencies[d], -whole) + count * frequencies[HALF + d];
+    sincospif(2.0f * ((whole - rintf(whole)) + missing), sine, cosine);
 }
 
-// For each of `count` values, whether it is among the `most` largest. Of equal ones the held come first, the last slot before
-// the first one, then the new in their order.
-__device__ __forceinline__ bool is_among(const float* values, int slots, int count, int e, int most) {
-    float own = values[e];
-    bool is_held = e < slots;
-    int better = 0;
-    for (int i = 0; i < slots; i++) better += values[i] > own || (values[i] == own && (!is_held || i > e));
-    for (int j = slots; j < slots + count; j++) better += values[j] > own || (values[j] == own && !is_held && j < e);
-    return better < most;
+// The pair (x, y) of a key, moved on.
+__device__ __forceinline__ void turn_pair(float& x, float& y, int tokens, const float* frequencies, int d) {
+    float sine, cosine, before = x;
+    revolve(tokens, frequencies, d, &sine, &cosine);
+    x = before * cosine - y * sine, y = y * cosine + before * sine;
 }
 
-// Of `slots` keys that are held and `count` new ones, `by_score` stay for their scores [slots + count], the others for
-// `liked [slots + count]`, which is overwritten; those that come in take the places of those that go, in order. held [slots +
-// count]: what the slots hold, and then what is new. All arrays are in shared memory; the whole block calls it.
-__device__ __forceinline__ void take_in(float* scores, float* liked, int* held, int slots, int count, int by_score, int* stays) {
-    __syncthreads();
-    for (int e = threadIdx.x; e < slots + count; e += blockDim.x) stays[e] = is_among(scores, slots, count, e, by_score);
-    __syncthreads();
-    for (int e = threadIdx.x; e < slots + count; e += blockDim.x) {
-        if (stays[e]) liked[e] = -NEGATIVE_INFINITY;
+// Keys in rows of `ld` elements, by the whole block; `turn_of(j)` is by how many tokens key j is moved on.
+template <class T, class TurnOf>
+__device__ __forceinline__ void turn_keys(T* keys, int ld, int count, const float* frequencies, TurnOf turn_of) {
+    for (int i = threadIdx.x; i < count * HALF; i += blockDim.x) {
+        int turn = turn_of(i / HALF), d = i % HALF;
+        if (turn <= 0) continue;
+        T* key = keys + i / HALF * ld + d;
+        float x = to_float(key[0]), y = to_float(key[HALF]);
+        turn_pair(x, y, turn, frequencies, d);
+        key[0] = from_float<T>(x), key[HALF] = from_float<T>(y);
     }
-    __syncthreads();
-    for (int e = threadIdx.x; e < slots + count; e += blockDim.x) stays[e] = is_among(liked, slots, count, e, slots);
-    __syncthreads();
-    // One warp counts the slots that become free, another what comes in: over `stays` go their lists, never ahead of what is
-    // still to be read.
-    __shared__ int moving[2];
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    if (warp < 2) {
-        int begin = warp == 0 ? 0 : slots, length = warp == 0 ? slots : count, found = 0;
-        for (int at = 0; at < length; at += 32) {
-            bool there = at + lane < length && (stays[begin + min(at + lane, length - 1)] != 0) == (warp == 1);
-            u32 mask = __ballot_sync(0xffffffffu, there);
-            if (there) stays[begin + found + __popc(mask & ((1u << lane) - 1))] = at + lane;
-            found += __popc(mask);
+}
+
+// Threads that share a key, and the pairs of it that each has.
+#define SHARES 8
+#define PAIRS ((HALF + SHARES - 1) / SHARES)
+
+__device__ __forceinline__ float sum_of_shares(float x) {
+#pragma unroll
+    for (int offset = SHARES / 2; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// liked [count]: log sum over `group` heads of exp(mean query . key * scale), of keys that are moved on; means [group, DIM] in
+// shared memory. `key_of(e)` is where key e begins, or null where there is none. By the whole block.
+template <class KeyOf, class TurnOf>
+__device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, TurnOf turn_of, const float* means, int group,
+                                        float scale, const float* frequencies) {
+    int share = threadIdx.x % SHARES, begin = share * PAIRS;
+    for (int base = 0; base < count; base += blockDim.x / SHARES) {
+        int e = base + threadIdx.x / SHARES;
+        const act* key = e < count ? key_of(e) : nullptr;
+        float x[PAIRS], y[PAIRS];
+        if constexpr (PAIRS % 4 == 0 && HALF % SHARES == 0) {
+#pragma unroll
+            for (int i = 0; i < PAIRS; i += 4) {
+                float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                float4 a = key != nullptr ? load4(key + begin + i) : none, b = key != nullptr ? load4(key + HALF + begin + i) : none;
+                x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
+                y[i] = b.x, y[i + 1] = b.y, y[i + 2] = b.z, y[i + 3] = b.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                bool there = key != nullptr && begin + i < HALF;
+                x[i] = there ? to_float(key[begin + i]) : 0.0f, y[i] = there ? to_float(key[HALF + begin + i]) : 0.0f;
+            }
         }
-        if (lane == 0) moving[warp] = found;
+        int turn = key != nullptr ? turn_of(e) : 0;
+        if (turn > 0) {
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                if (begin + i < HALF) turn_pair(x[i], y[i], turn, frequencies, begin + i);
+            }
+        }
+        float best = NEGATIVE_INFINITY, sum = 0.0f;
+        for (int g = 0; g < group; g++) {
+            const float* mean = means + g * DIM + begin;
+            float dot = 0.0f;
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+                if (HALF % SHARES == 0 || begin + i < HALF) dot += x[i] * mean[i] + y[i] * mean[HALF + i];
+            }
+            dot = sum_of_shares(dot) * scale;
+            float top = fmaxf(best, dot);
+            sum = sum * expf(best - top) + expf(dot - top), best = top;
+        }
+        if (share == 0 && e < count) liked[e] = key != nullptr ? best + logf(sum) : NEGATIVE_INFINITY;
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < min(moving[0], moving[1]); i += blockDim.x) {
-        int slot = stays[i], j = stays[slots + i];
-        scores[slot] = scores[slots + j], held[slot] = held[slots + j];
-    }
-    __syncthreads();
 }
+
+// stays [slots + count]: whether a value is among the `most` largest. Of equal ones the held come first, the last slot before
+// the first one, then the new in their order. By the whole block.
+__device__ __forceinline__ void find_largest(int* stays, const float* values, int slots, int count, int most) {
+    auto place = [&](int i) { return i < slots ? slots - 1 - i : i; };
+    int share = threadIdx.x % SHARES, all = slots + count;
+    for (int base = 0; base < all; base += blockDim.x / SHARES) {
+        int e = base + threadIdx.x / SHARES;
+        float own = values[min(e, all - 1)], better = 0.0f;
+        int own_place = place(e);
+        for (int i = share; i < all; i += SHARES) {
+            float value = values[i];
+            better += value > own || (value == own && place(i) < own_place) ? 1.0f : 0.0f;
+        }
+        better = sum_of_shares(better);
+        if (share == 0 && e < all) stays[e] = better < static_cast<float>(most);
+    }
+}
+
+// Arrays of `slots` keys that are held, and what is new behind them, in shared memory.
+struct Choice {
+    float* scores;
+    float* liked;
+    int* held;       // what the slots hold
+    int* positions;
+    int* stays;
+    float* queries;  // sum of the last stretch's, [group, DIM]
+
+    __device__ Choice(void* shared, int all) {
+        scores = static_cast<float*>(shared), liked = scores + all;
+        held = reinterpret_cast<int*>(liked + all), positions = held + all, stays = positions + all;
+        queries = reinterpret_cast<float*>(stays + all);
+    }
+
+    // Of the held and `count` new ones, `by_score` stay for their scores, the others for being liked (which is overwritten);
+    // those that come in take the places of those that go, in order. By the whole block.
+    __device__ __forceinline__ void take_in(int slots, int count, int by_score) {
+        __syncthreads();
+        find_largest(stays, scores, slots, count, by_score);
+        __syncthreads();
+        for (int e = threadIdx.x; e < slots + count; e += blockDim.x) {
+            if (stays[e]) liked[e] = -NEGATIVE_INFINITY;
+        }
+        __syncthreads();
+        find_largest(stays, liked, slots, count, slots);
+        __syncthreads();
+        // One warp counts the slots that become free, another what comes in: over `stays` go their lists, never ahead of what
+        // is still to be read.
+        __shared__ int moving[2];
+        int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        if (warp < 2) {
+            int begin = warp == 0 ? 0 : slots, length = warp == 0 ? slots : count, found = 0;
+            for (int at = 0; at < length; at += 32) {
+                bool there = at + lane < length && (stays[begin + min(at + lane, length - 1)] != 0) == (warp == 1);
+                u32 mask = __ballot_sync(0xffffffffu, there);
+                if (there) stays[begin + found + __popc(mask & ((1u << lane) - 1))] = at + lane;
+                found += __popc(mask);
+            }
+            if (lane == 0) moving[warp] = found;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < min(moving[0], moving[1]); i += blockDim.x) {
+            int slot = stays[i], j = slots + stays[slots + i];
+            scores[slot] = scores[j], held[slot] = held[j], positions[slot] = positions[j];
+        }
+        __syncthreads();
+    }
+};

@@ -15,7 +15,8 @@
 struct StepSizes {
     int heads, kv, texts;
     int window, sinks, cache_rows;
-    int kept_slots, by_score;  // KEPT: rows of the cache before a ring of two windows; those whose keys stay for their scores
+    // KEPT: rows of the cache before a ring of two windows; those whose keys stay for their scores; farthest before the window.
+    int kept_slots, by_score, reach;
     int query_map, key_map, gate;
     float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
@@ -138,38 +139,42 @@ __device__ __forceinline__ void fetch_rows(act* to, const act* from, int rows) {
 }
 
 // Keys of one head that stay: when a stretch begins, the slots take in the one before the last, whose rows of the ring are
-// about to be written over. `shared` has 16 bytes for each slot and each token of a window, and room for the sum of the last
-// stretch's queries [GROUP, DIM].
-__device__ __forceinline__ void keep(act* keys, act* values, float* cached_scores, const float* query_sum, void* shared,
-                                     int position, const StepSizes& s) {
+// about to be written over. `shared` has room for a Choice.
+__device__ __forceinline__ void keep(act* keys, act* values, float* cached_scores, float* cached_positions,
+                                     const float* query_sum, const float* frequencies, void* shared, int position,
+                                     const StepSizes& s) {
     if (position % s.window != 0 || position < 2 * s.window) return;
     int slots = s.kept_slots, window = s.window, all = slots + window;
-    float* scores = static_cast<float*>(shared);
-    float *liked = scores + all, *queries = liked + all;
-    int *held = reinterpret_cast<int*>(queries + GROUP * DIM), *stays = held + all;
+    Choice choice(shared, all);
     int taken = position / window - 2, filled = min(slots, taken * window), ring = slots + taken % 2 * window;
-    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) queries[i] = query_sum[i];
+    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) choice.queries[i] = query_sum[i];
     for (int i = threadIdx.x; i < slots; i += THREADS) {
-        held[i] = EMPTY, scores[i] = i < filled ? cached_scores[i] : NEGATIVE_INFINITY;
+        choice.held[i] = EMPTY;
+        choice.scores[i] = i < filled ? cached_scores[i] : NEGATIVE_INFINITY;
+        choice.positions[i] = i < filled ? static_cast<int>(cached_positions[i]) : 0;
     }
     for (int j = threadIdx.x; j < window; j += THREADS) {
-        held[slots + j] = ring + j;
-        scores[slots + j] = taken * window + j < s.sinks ? -NEGATIVE_INFINITY : cached_scores[ring + j];
+        int of_token = taken * window + j;
+        choice.held[slots + j] = ring + j;
+        choice.scores[slots + j] = of_token < s.sinks ? -NEGATIVE_INFINITY : cached_scores[ring + j];
+        choice.positions[slots + j] = of_token;
     }
     __syncthreads();
-    for (int e = threadIdx.x >> 5; e < all; e += THREADS / 32) {
-        int row = e < slots ? e : ring + e - slots;
-        bool there = e >= slots || e < filled;
-        float value = there ? liking(keys + row * DIM, queries, GROUP, DIM, s.scale / window) : NEGATIVE_INFINITY;
-        if ((threadIdx.x & 31) == 0) liked[e] = value;
-    }
-    take_in(scores, liked, held, slots, window, s.by_score, stays);
+    int nearest = nearest_of(position / window, window, s.reach);
+    auto key_of = [&](int e) -> const act* {
+        if (e >= slots) return keys + (ring + e - slots) * DIM;
+        return e < filled ? keys + e * DIM : nullptr;
+    };
+    auto turn_of = [&](int e) { return nearest - choice.positions[e]; };
+    likings(choice.liked, all, key_of, turn_of, choice.queries, GROUP, s.scale / window, frequencies);
+    choice.take_in(slots, window, s.by_score);
     for (int i = threadIdx.x; i < slots * DIM; i += THREADS) {
-        int slot = i / DIM, from = held[slot] * DIM + i % DIM;
-        if (held[slot] != EMPTY) keys[i] = keys[from], values[i] = values[from];
+        int slot = i / DIM, from = choice.held[slot] * DIM + i % DIM;
+        if (choice.held[slot] != EMPTY) keys[i] = keys[from], values[i] = values[from];
     }
     for (int i = threadIdx.x; i < slots; i += THREADS) {
-        if (held[i] != EMPTY) cached_scores[i] = scores[i];
+        if (choice.held[i] == EMPTY) continue;
+        cached_scores[i] = choice.scores[i], cached_positions[i] = static_cast<float>(choice.positions[i]);
     }
     __syncthreads();
 }
@@ -197,12 +202,12 @@ __device__ __forceinline__ void norm_head(float* x, const float* weight, float e
 }
 
 #ifdef ACT_BF16
-// tokens: ids, slots and positions, `texts` each. frequencies [2, DIM / 2]: their leading and trailing parts.
+// tokens: ids, slots and positions, `texts` each. frequencies [2, DIM / 2]: see `revolve`.
 // Grid (K, texts).
 extern "C" __global__ void __launch_bounds__(THREADS)
     liger_step(act* mixed, const act* q, const act* k, const act* v, const float* q_norm, const float* k_norm,
-               const float* frequencies, act* cached_k, act* cached_v, float* cached_scores, float* first_state,
-               float* second_state, float* key_sum, float* query_sum, const int* tokens, StepSizes s) {
+               const float* frequencies, act* cached_k, act* cached_v, float* cached_scores, float* cached_positions,
+               float* first_state, float* second_state, float* key_sum, float* query_sum, const int* tokens, StepSizes s) {
     extern __shared__ uint4 shared_memory[];
     StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
     float* scores = reinterpret_cast<float*>(&m + 1);                              // [GROUP, cache_rows]
@@ -214,8 +219,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int own = cache_row(s, position), rows = KEPT ? s.cache_rows : min(position + 1, s.sinks + s.window);
     cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
     if (KEPT) {
-        cached_scores += place * s.cache_rows, key_sum += place * DIM, query_sum += place * GROUP * DIM;
-        keep(cached_k, cached_v, cached_scores, query_sum, keys, position, s);
+        cached_scores += place * s.cache_rows, cached_positions += place * s.kept_slots;
+        key_sum += place * DIM, query_sum += place * GROUP * DIM;
+        keep(cached_k, cached_v, cached_scores, cached_positions, query_sum, frequencies, keys, position, s);
     }
     fetch_rows(keys, cached_k, rows);
     fetch_rows(values, cached_v, rows);
@@ -236,10 +242,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 #endif
     for (int i = threadIdx.x; i < DIM / 2; i += THREADS) {
-        const double turn = 6.283185307179586476925;
-        double angle = position * (static_cast<double>(frequencies[i]) + frequencies[DIM / 2 + i]);
         float sine, cosine;
-        sincosf(static_cast<float>(angle - turn * rint(angle * (1.0 / turn))), &sine, &cosine);
+        revolve(position, frequencies, i, &sine, &cosine);
         m.cosine[i] = cosine * s.rope_factor, m.sine[i] = sine * s.rope_factor;
     }
     for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
@@ -271,6 +275,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             keys[own * ROW + d] = cached_k[own * DIM + d] = new_key;
             values[own * ROW + d] = cached_v[own * DIM + d] = new_value;
         }
+    }
+    if (KEPT) {
+        // Slots alone: the ring's own row is being written.
+        int nearest = nearest_of(position / s.window, s.window, s.reach), slots = filled_slots(position, s.window, s.kept_slots);
+        auto turn_of = [&](int slot) { return nearest - static_cast<int>(cached_positions[slot]); };
+        if (nearest > 0) turn_keys(keys, ROW, slots, frequencies, turn_of);
     }
     if (KEPT && warp == 0) {
         float score = novelty(m.k, key_sum);

@@ -7,7 +7,7 @@ use liger_tensor::{
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
-use crate::kept::Kept;
+use crate::kept::{Kept, reach_word};
 use crate::{Cuda, shared_bytes, typed};
 
 /// Rows and keys of a block, and of what it loads at once in the backward: `ROWS`, `KEYS`, `FORWARD_KEYS`, `QUERIES` of the
@@ -46,13 +46,13 @@ fn tokens_of_a_block(heads: Heads, spec: AttentionSpec) -> usize {
 }
 
 /// `AttentionSizes` of the kernels.
-pub(crate) fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
+pub(crate) fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 10] {
     let window = spec.window.map_or(i32::MAX, |w| w as i32);
     let scale = (1.0 / (heads.dim as f32).sqrt()).to_bits() as i32;
     let ring = i32::from(spec.window.is_some());
     let [query, kv, sinks, cache_rows] = [heads.query, heads.kv, spec.sinks, cache_rows].map(|x| x as i32);
     let [slots, per_block] = [spec.slots(), tokens_of_a_block(heads, spec)].map(|x| x as i32);
-    [query, kv, window, sinks, cache_rows, ring, scale, slots, per_block]
+    [query, kv, window, sinks, cache_rows, ring, scale, slots, per_block, reach_word(spec)]
 }
 
 /// Inputs of a call, and what they have in common.
@@ -66,25 +66,25 @@ impl<'a> Call<'a> {
     fn new(cuda: &Cuda, operation: &'static str, inputs: Attention<'a>, cache: Option<&KeyValueCache>) -> Result<Self> {
         let heads = taken(operation, inputs.q, checks::attention(operation, &inputs, cache.is_some())?)?;
         let spec = inputs.spec;
-        let kept = match (spec.window, inputs.scores) {
-            (Some(window), Some(scores)) if spec.kept > 0 => {
+        let kept = match (spec.window, inputs.keeping) {
+            (Some(window), Some(keeping)) if spec.kept > 0 => {
                 let per_block = tokens_of_a_block(heads, spec);
-                Some(Kept::select(cuda, &inputs, scores, (window, heads), per_block, cache)?)
+                Some(Kept::select(cuda, &inputs, keeping, (window, heads), per_block, cache)?)
             }
             _ => None,
         };
         Ok(Self { inputs, heads, kept })
     }
 
-    /// Blocks of rows and their number, what the slots hold, and the stretch of each block.
-    fn row_blocks(&self, cuda: &Cuda) -> Result<([Arg<'static>; 3], usize)> {
-        if let Some(Kept { stretches, lists, .. }) = &self.kept {
-            let arrays = [&stretches.blocks, lists, &stretches.of_block].map(|b| Arg::Pointer(b.pointer));
-            return Ok((arrays, stretches.block_count));
+    /// RoPE's frequencies, blocks of rows and their number, what the slots hold, and the stretch of each block.
+    fn row_blocks(&self, cuda: &Cuda) -> Result<([Arg<'static>; 4], usize)> {
+        if let Some(Kept { stretches, lists, frequencies, .. }) = &self.kept {
+            let [blocks, lists, of_block] = [&stretches.blocks, lists, &stretches.of_block].map(|b| b.pointer);
+            return Ok(([*frequencies, blocks, lists, of_block].map(Arg::Pointer), stretches.block_count));
         }
         let blocks = cuda.batch(self.inputs.sequences)?.blocks(&cuda.gpu, ROWS / self.heads.group())?;
         // The batch keeps its arrays.
-        Ok(([Arg::Pointer(blocks.0.pointer), Arg::Pointer(0), Arg::Pointer(0)], blocks.1))
+        Ok(([0, blocks.0.pointer, 0, 0].map(Arg::Pointer), blocks.1))
     }
 }
 
@@ -182,7 +182,7 @@ pub(crate) fn backward(
     if let Some(kept) = &call.kept {
         let (count, slots) = (kept.stretches.count, spec.slots());
         let parts = cuda.gpu.allocate(count * heads.kv * 2 * slots * heads.dim * 4)?;
-        let arrays = [Arg::Pointer(kept.stretches.starts.pointer), Arg::Pointer(kept.lists.pointer)];
+        let arrays = [kept.frequencies, kept.stretches.starts.pointer, kept.lists.pointer].map(Arg::Pointer);
         let outputs = [Arg::Pointer(parts.pointer)];
         run("attention_backward_slots", &outputs, &arrays, [count, slots.div_ceil(KEYS)], &tiles)?;
         return kept.add_gradients(cuda, dk, dv, &parts);
@@ -190,7 +190,7 @@ pub(crate) fn backward(
     if sinks == 0 {
         return Ok(());
     }
-    let args = [dk, dv, parts, by_rows[0], Arg::Int(row_blocks as i32), Arg::Words(&words)];
+    let args = [dk, dv, parts, by_rows[1], Arg::Int(row_blocks as i32), Arg::Words(&words)];
     let grid = (sequences.list().len() as u32, (heads.kv * sinks) as u32, 1);
     cuda.attention_kernel("attention_add_sinks", &call, Launch { grid, block: (1024, 1), shared: 0 }, &args)
 }

@@ -1,12 +1,12 @@
 //! The key/value cache of softmax attention, and one token of each sequence: sizes for `kernels/attention_step.cu`.
 
 use liger_tensor::checks::{Heads, grown_cache_rows};
-use liger_tensor::{Attention, DType, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::{Attention, DType, Keeping, KeyValueCache, Result, Sequences, Tensor};
 
 use crate::attention::{Call, words};
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
-use crate::kept::remembered;
+use crate::kept::Remembered;
 use crate::{Cuda, pointer, typed};
 
 /// Query heads that one block of the one-token kernel takes: `STEP_HEADS`.
@@ -39,13 +39,13 @@ impl Cuda {
     /// What stays goes into the slots, what is new into the ring.
     pub(crate) fn insert(&self, cache: &KeyValueCache, call: &Call<'_>) -> Result<()> {
         const NAME: &str = "cache_insert";
-        let Attention { k, v, scores, sequences, .. } = call.inputs;
+        let Attention { k, v, keeping, sequences, .. } = call.inputs;
         let batch = self.batch(sequences)?;
         let words = words(call.heads, cache.spec, cache.keys.dim(2));
         let (mut held, mut new) = (0, 0);
-        if let (Some(kept), Some(scores)) = (&call.kept, scores) {
+        if let (Some(kept), Some(Keeping { scores, .. })) = (&call.kept, keeping) {
             kept.store(self, cache, k, v)?;
-            (held, new) = (remembered(cache)?.0, typed(NAME, scores, DType::F32)?);
+            (held, new) = (Remembered::of(cache)?.scores, typed(NAME, scores, DType::F32)?);
         }
         let args = [
             self.act(NAME, &cache.keys)?,
@@ -74,12 +74,18 @@ impl Cuda {
         let parts = self.gpu.allocate(rows * heads.query * splits * (heads.dim + 2) * 4)?;
         let words = self::words(heads, cache.spec, cache.keys.dim(2));
         let batch = self.batch(sequences)?;
+        let (positions, frequencies) = match &call.kept {
+            Some(kept) => (Remembered::of(cache)?.positions, kept.frequencies),
+            None => (0, 0),
+        };
         let args = [
             self.act(NAME, out)?,
             Arg::Pointer(parts.pointer),
             self.act(NAME, q)?,
             self.act(NAME, &cache.keys)?,
             self.act(NAME, &cache.values)?,
+            Arg::Pointer(positions),
+            Arg::Pointer(frequencies),
             Arg::Pointer(batch.rows.pointer),
             Arg::Int(per_split as i32),
             Arg::Words(&words),

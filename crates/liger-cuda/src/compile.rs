@@ -121,6 +121,7 @@ impl Source {
         match self {
             Self::Attention | Self::AttentionStep => &["DIM", "GROUP", "KEPT"],
             Self::LigerStep => &["DIM", "GROUP", "SLOTS", "KEPT"],
+            Self::Kept => &["DIM"],
             Self::LowRank => &["RANK", "PROJECTIONS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
                 &["DK", "DV", "GROUP", "SLICE", "AXIS"]

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use liger_tensor::checks::Heads;
-use liger_tensor::{Attention, AttentionSpec, DType, Error, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::{
+    Attention, AttentionSpec, DType, Error, Keeping, KeptKeys, KeyValueCache, Result, Sequences, Tensor,
+};
 
 use crate::batch::{CHUNK, Stretches};
 use crate::compile::{Source, Variant};
@@ -14,26 +16,33 @@ use crate::{Cuda, typed};
 const THREADS: u32 = 256;
 const WARPS: usize = 8;
 /// Threads of the one block that chooses for a sequence and head.
-const SELECT_THREADS: u32 = 512;
+const SELECT_THREADS: u32 = 768;
 
 /// What the slots hold for every stretch of a batch.
 pub(crate) struct Kept {
     pub(crate) stretches: Arc<Stretches>,
-    /// `[stretches, K, slots]`.
+    /// `[stretches, K, 2, slots]`: what they hold, and its positions.
     pub(crate) lists: Block,
+    /// Address of RoPE's frequencies.
+    pub(crate) frequencies: u64,
     /// Sums of the queries `[stretches, H, D]`.
     sums: Block,
     spec: AttentionSpec,
     heads: Heads,
 }
 
+/// How far before the window keys count as they are: `EVERYTHING` of the kernels where there is no limit.
+pub(crate) fn reach_word(spec: AttentionSpec) -> i32 {
+    spec.reach.and_then(|reach| i32::try_from(reach).ok()).unwrap_or(i32::MAX)
+}
+
 /// `KeptSizes` of the kernels.
 fn words(heads: Heads, spec: AttentionSpec, cache_rows: usize) -> [i32; 9] {
     let window = spec.window.unwrap_or(0);
     let scale = 1.0 / ((heads.dim as f32).sqrt() * window.max(1) as f32);
-    let [q, kv, dim, by_score] = [heads.query, heads.kv, heads.dim, spec.kept_by_score()].map(|x| x as i32);
+    let [q, kv, by_score] = [heads.query, heads.kv, spec.kept_by_score()].map(|x| x as i32);
     let [window, sinks, slots, rows] = [window, spec.sinks, spec.slots(), cache_rows].map(|x| x as i32);
-    [q, kv, dim, window, sinks, slots, rows, by_score, scale.to_bits() as i32]
+    [q, kv, window, sinks, slots, rows, by_score, reach_word(spec), scale.to_bits() as i32]
 }
 
 impl Kept {
@@ -41,7 +50,7 @@ impl Kept {
     pub(crate) fn select(
         cuda: &Cuda,
         inputs: &Attention<'_>,
-        scores: &Tensor,
+        Keeping { scores, frequencies }: Keeping<'_>,
         (window, heads): (usize, Heads),
         per_block: usize,
         cache: Option<&KeyValueCache>,
@@ -50,31 +59,29 @@ impl Kept {
         let spec = inputs.spec;
         let stretches = cuda.batch(inputs.sequences)?.stretches(&cuda.gpu, window, per_block)?;
         let slots = spec.slots();
-        let lists = cuda.gpu.allocate(stretches.count * heads.kv * slots * 4)?;
+        let lists = cuda.gpu.allocate(stretches.count * heads.kv * 2 * slots * 4)?;
         let sums = cuda.gpu.allocate(stretches.count * heads.query * heads.dim * 4)?;
-        let (held_scores, queries, held_keys, cache_rows) = match cache {
-            Some(cache) => {
-                let (scores, queries) = remembered(cache)?;
-                (scores, queries, cuda.act(NAME, &cache.keys)?, spec.cache_rows())
-            }
-            None => (0, 0, Arg::Pointer(0), 0),
+        let (remembered, held_keys, cache_rows) = match cache {
+            Some(cache) => (Remembered::of(cache)?, cuda.act(NAME, &cache.keys)?, spec.cache_rows()),
+            None => (Remembered::default(), Arg::Pointer(0), 0),
         };
         let words = words(heads, spec, cache_rows);
-        let kept = Self { stretches, lists, sums, spec, heads };
+        let frequencies = typed(NAME, frequencies, DType::F32)?;
+        let kept = Self { stretches, lists, frequencies, sums, spec, heads };
         let [lists, sums, starts, sequences, bases] =
             [&kept.lists, &kept.sums, &kept.stretches.starts, &kept.stretches.sequences, &kept.stretches.bases]
                 .map(|block| Arg::Pointer(block.pointer));
-        let (queries, sizes) = (Arg::Pointer(queries), Arg::Words(&words));
+        let (queries, sizes) = (Arg::Pointer(remembered.queries), Arg::Words(&words));
         let grid = (kept.stretches.count as u32, heads.query as u32, 1);
         let threads = (heads.dim.next_multiple_of(32) as u32).min(THREADS);
         let launch = Launch { grid, block: (threads, 1), shared: 0 };
         kept.run(cuda, "query_sums", launch, &[sums, cuda.act(NAME, inputs.q)?, queries, starts, sizes])?;
         let scores = Arg::Pointer(typed(NAME, scores, DType::F32)?);
-        let choice = [scores, sums, queries, cuda.act(NAME, inputs.k)?, held_keys];
-        let mut args = vec![lists, Arg::Pointer(held_scores)];
-        args.extend(choice);
-        args.extend([sequences, bases, sizes]);
-        let shared = 16 * (slots + window) + 4 * heads.group() * heads.dim;
+        let (k, frequencies) = (cuda.act(NAME, inputs.k)?, Arg::Pointer(frequencies));
+        let mut args = vec![lists, Arg::Pointer(remembered.scores), Arg::Pointer(remembered.positions)];
+        args.extend([scores, sums, queries, k, held_keys, frequencies, sequences, bases, sizes]);
+        // A `Choice` of the kernels.
+        let shared = 20 * (slots + window) + 4 * heads.group() * heads.dim;
         let grid = (kept.stretches.sequence_count as u32, heads.kv as u32, 1);
         kept.run(cuda, NAME, Launch { grid, block: (SELECT_THREADS, 1), shared }, &args)?;
         Ok(kept)
@@ -87,7 +94,7 @@ impl Kept {
         let args = [
             cuda.act(NAME, &cache.keys)?,
             cuda.act(NAME, &cache.values)?,
-            Arg::Pointer(remembered(cache)?.1),
+            Arg::Pointer(Remembered::of(cache)?.queries),
             cuda.act(NAME, k)?,
             cuda.act(NAME, v)?,
             Arg::Pointer(self.sums.pointer),
@@ -108,6 +115,7 @@ impl Kept {
             dv,
             Arg::Pointer(parts.pointer),
             Arg::Pointer(self.lists.pointer),
+            Arg::Pointer(self.frequencies),
             Arg::Pointer(self.stretches.sequences.pointer),
             Arg::Pointer(self.stretches.bases.pointer),
             Arg::Words(&words),
@@ -118,16 +126,32 @@ impl Kept {
     }
 
     fn run(&self, cuda: &Cuda, name: &'static str, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
-        cuda.gpu.launch((Source::Kept, name), Variant::of(cuda.activations), launch, args)
+        launch_kept(cuda, name, self.heads.dim, launch, args)
     }
 }
 
-/// Addresses of a cache's scores and of its sums of queries.
-pub(crate) fn remembered(cache: &KeyValueCache) -> Result<(u64, u64)> {
-    const NAME: &str = "attention_forward";
-    let missing = Error::Storage { operation: NAME, found: "no scores", expected: "a cache with scores and queries" };
-    let KeptKeys { scores, queries } = cache.kept.as_ref().ok_or(missing)?;
-    Ok((typed(NAME, scores, DType::F32)?, typed(NAME, queries, DType::F32)?))
+fn launch_kept(cuda: &Cuda, name: &'static str, dim: usize, launch: Launch, args: &[Arg<'_>]) -> Result<()> {
+    let variant = Variant { activations: cuda.activations, sizes: [dim, 0, 0, 0, 0] };
+    cuda.gpu.launch((Source::Kept, name), variant, launch, args)
+}
+
+/// Addresses of what a cache remembers to choose keys, see [`KeptKeys`]; 0 without a cache.
+#[derive(Default, Clone, Copy)]
+pub(crate) struct Remembered {
+    pub(crate) scores: u64,
+    pub(crate) positions: u64,
+    pub(crate) queries: u64,
+}
+
+impl Remembered {
+    pub(crate) fn of(cache: &KeyValueCache) -> Result<Self> {
+        const NAME: &str = "attention_forward";
+        let missing =
+            Error::Storage { operation: NAME, found: "no scores", expected: "a cache with scores and queries" };
+        let KeptKeys { scores, positions, queries } = cache.kept.as_ref().ok_or(missing)?;
+        let at = |tensor| typed(NAME, tensor, DType::F32);
+        Ok(Self { scores: at(scores)?, positions: at(positions)?, queries: at(queries)? })
+    }
 }
 
 /// See `Ops::key_novelty`.
@@ -146,7 +170,7 @@ pub(crate) fn novelty(
     }
     let batch = cuda.batch(sequences)?;
     let sums = cuda.gpu.allocate(batch.chunk_count * heads.kv * heads.dim * 4)?;
-    let words = words(heads, AttentionSpec { window: None, sinks: 0, kept: 0 }, 0);
+    let words = words(heads, AttentionSpec::EVERYTHING, 0);
     let (scores, k) = (Arg::Pointer(typed(NAME, scores, DType::F32)?), cuda.act(NAME, k)?);
     let state = state.map_or(Ok(0), |state| typed(NAME, state, DType::F32))?;
     let [slots, chunks, firsts] = [&batch.slots, &batch.chunks, &batch.firsts].map(|b| Arg::Pointer(b.pointer));
@@ -154,7 +178,7 @@ pub(crate) fn novelty(
     let run = |name: &'static str, blocks: usize, rows: usize, args: &[Arg<'_>]| {
         let grid = (blocks as u32, heads.kv as u32, 1);
         let launch = Launch { grid, block: (THREADS, 1), shared: rows * heads.dim * 4 };
-        cuda.gpu.launch((Source::Kept, name), Variant::of(cuda.activations), launch, args)
+        launch_kept(cuda, name, heads.dim, launch, args)
     };
     run("key_sums", batch.chunk_count, WARPS, &[sums_at, k, chunks, sizes])?;
     let args = [scores, k, sums_at, Arg::Pointer(state), slots, chunks, sizes];

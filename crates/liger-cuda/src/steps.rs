@@ -10,6 +10,7 @@ use liger_tensor::{
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Gpu, Graph, Launch};
 use crate::features::{gate_words, map_word};
+use crate::kept::{Remembered, reach_word};
 use crate::{Cuda, pointer, typed};
 
 /// Rows that the largest kernel of few_rows.cu takes: four tiles of eight.
@@ -248,15 +249,15 @@ impl StepOps for Cuda {
         let [query_map, key_map] = maps;
         let floats = [gate.1, gate.2, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
         let kept_slots = if spec.form == StepForm::Kept { cache.spec.slots() as i32 } else { 0 };
-        let by_score = cache.spec.kept_by_score() as i32;
-        let counts = [heads, kv, n, window, sinks, rows, kept_slots, by_score, query_map, key_map, gate.0];
+        let [by_score, reach] = [cache.spec.kept_by_score() as i32, reach_word(cache.spec)];
+        let counts = [heads, kv, n, window, sinks, rows, kept_slots, by_score, reach, query_map, key_map, gate.0];
         let words: Vec<i32> = counts.into_iter().chain(floats).collect();
         let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
         let (first_state, key_sum) = match spec.form {
             StepForm::Kept => (Arg::Pointer(0), state(0)?),
             _ => (state(0)?, Arg::Pointer(0)),
         };
-        let (scores, queries) = if kept_slots > 0 { crate::kept::remembered(cache)? } else { (0, 0) };
+        let remembered = if kept_slots > 0 { Remembered::of(cache)? } else { Remembered::default() };
         let norm = |i: usize| head_norms.map_or(Ok(Arg::Pointer(0)), |norms| self.f32(NAME, norms[i]));
         let args = [
             self.act(NAME, mixed)?,
@@ -268,11 +269,12 @@ impl StepOps for Cuda {
             self.f32(NAME, frequencies)?,
             self.act(NAME, &cache.keys)?,
             self.act(NAME, &cache.values)?,
-            Arg::Pointer(scores),
+            Arg::Pointer(remembered.scores),
+            Arg::Pointer(remembered.positions),
             first_state,
             state(1)?,
             key_sum,
-            Arg::Pointer(queries),
+            Arg::Pointer(remembered.queries),
             Arg::Pointer(block(NAME, tokens)?.pointer),
             Arg::Words(&words),
         ];

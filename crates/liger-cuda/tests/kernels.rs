@@ -23,6 +23,7 @@ fn sizes(source: Source) -> Vec<[usize; 5]> {
         Source::RecurrenceChunks | Source::RecurrenceGradients | Source::RecurrenceStep => {
             vec![[64, 64, 4, 4, 0], [128, 128, 4, 4, 0], [64, 64, 3, 3, 0], [64, 64, 3, 3, 1]]
         }
+        Source::Kept => vec![[64, 0, 0, 0, 0], [128, 0, 0, 0, 0], [80, 0, 0, 0, 0]],
         Source::LowRank => vec![[8, 3, 0, 0, 0], [8, 1, 0, 0, 0], [16, 2, 0, 0, 0]],
         Source::LigerStep => {
             vec![

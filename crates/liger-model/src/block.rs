@@ -6,6 +6,7 @@ use liger_tensor::{Attention, AttentionGradients, AttentionSpec, Gemm, KeyValueC
 use crate::adapter::{Adapter, Lows, Target, Tuning, linear};
 use crate::attention::{LigerActivations, LigerGradients, Mixer, Projected};
 use crate::config::ModelConfig;
+use crate::decoder::Angles;
 use crate::error::Result;
 use crate::weights::BlockWeights;
 
@@ -19,8 +20,7 @@ pub(crate) struct Context<'a> {
     pub(crate) layer: usize,
     pub(crate) tuning: Option<Tuning<'a>>,
     pub(crate) sequences: &'a Sequences,
-    /// Cosines and sines of the rows, `[N, D/2]` each.
-    pub(crate) angles: &'a (Tensor, Tensor),
+    pub(crate) angles: &'a Angles,
 }
 
 /// The two branches of a Liger layer before the mix, `[N, H, D]` each.
@@ -62,8 +62,9 @@ struct Activations {
 }
 
 impl Activations {
-    fn projected(&self) -> Projected<'_> {
-        Projected { q: &self.q, k: &self.k, v: &self.v, rope_q: &self.rope_q, rope_k: &self.rope_k }
+    fn projected<'a>(&'a self, angles: &'a Angles) -> Projected<'a> {
+        let Self { q, k, v, rope_q, rope_k, .. } = self;
+        Projected { q, k, v, rope_q, rope_k, frequencies: &angles.frequencies }
     }
 }
 
@@ -149,7 +150,7 @@ impl Context<'_> {
         }
         let rotated = |x: &Tensor| -> Result<Tensor> {
             let mut out = ops.empty(x.shape())?;
-            ops.rope_forward(&mut out, x, (&self.angles.0, &self.angles.1))?;
+            ops.rope_forward(&mut out, x, (&self.angles.cos, &self.angles.sin))?;
             Ok(out)
         };
         let (rope_q, rope_k) = (rotated(&q)?, rotated(&k)?);
@@ -165,7 +166,8 @@ impl Context<'_> {
                 (out, None)
             }
             Mixer::Liger(liger) => {
-                let projected = Projected { q: &q, k: &k, v: &v, rope_q: &rope_q, rope_k: &rope_k };
+                let frequencies = &self.angles.frequencies;
+                let projected = Projected { q: &q, k: &k, v: &v, rope_q: &rope_q, rope_k: &rope_k, frequencies };
                 let (mixed, activations) = liger.forward(ops, &projected, self.sequences, state, trains)?;
                 (mixed, Some(activations))
             }
@@ -258,7 +260,7 @@ impl Context<'_> {
         {
             let mut both = ops.empty(dx.shape())?;
             let add = plain.as_ref().map(|plain| (d.alpha, plain));
-            ops.rope_backward(&mut both, d.beta, dx, (&self.angles.0, &self.angles.1), add)?;
+            ops.rope_backward(&mut both, d.beta, dx, (&self.angles.cos, &self.angles.sin), add)?;
             *dx = both;
         }
         if let (Some(raw), Some(norms)) = (&activations.raw_qk, &weights.head_norms) {
@@ -293,7 +295,7 @@ impl Context<'_> {
         let ops = self.ops;
         match (self.mixer, &activations.liger) {
             (Mixer::Liger(liger), Some(inner)) => {
-                liger.backward(ops, &activations.projected(), inner, self.sequences, dmixed)
+                liger.backward(ops, &activations.projected(self.angles), inner, self.sequences, dmixed)
             }
             (mixer, _) => {
                 let mut rope_q = ops.empty(activations.q.shape())?;
@@ -316,5 +318,5 @@ fn softmax_inputs<'a>(
     sequences: &'a Sequences,
     spec: AttentionSpec,
 ) -> Attention<'a> {
-    Attention { q, k, v, scores: None, sequences, spec }
+    Attention { q, k, v, keeping: None, sequences, spec }
 }

@@ -20,11 +20,19 @@ pub struct Decoder {
     weights: Arc<Weights>,
     mixers: Vec<Mixer>,
     frequencies: Arc<(Vec<f64>, f64)>,
-    last_angles: Arc<Mutex<Option<(Sequences, Angles)>>>,
+    last_angles: Arc<Mutex<Option<Arc<Angles>>>>,
 }
 
-/// Cosines and sines `[N, D/2]` of the rows' positions.
-type Angles = Arc<(Tensor, Tensor)>;
+/// RoPE's angles of some rows.
+pub(crate) struct Angles {
+    sequences: Sequences,
+    /// Cosines `[N, D/2]` of the rows' positions.
+    pub(crate) cos: Tensor,
+    /// Sines `[N, D/2]`.
+    pub(crate) sin: Tensor,
+    /// See [`Decoder::revolutions`].
+    pub(crate) frequencies: Tensor,
+}
 
 /// What a training forward keeps for the backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +91,15 @@ impl Decoder {
         &self.mixers
     }
 
+    /// RoPE's frequencies in revolutions a token, `[2, D/2]`: the float32 nearest to each, and what is missing to its float64
+    /// value.
+    pub(crate) fn revolutions(&self) -> Result<Tensor> {
+        let revolutions = self.frequencies.0.iter().map(|radians| radians / std::f64::consts::TAU);
+        let nearest = revolutions.clone().map(|f| f as f32);
+        let missing = revolutions.map(|f| (f - f64::from(f as f32)) as f32);
+        Ok(self.ops.upload(nearest.chain(missing).collect(), &[2, self.frequencies.0.len()], DType::F32)?)
+    }
+
     /// RoPE's frequencies, and the factor of cosines and sines.
     pub(crate) fn frequencies(&self) -> &(Vec<f64>, f64) {
         &self.frequencies
@@ -103,9 +120,9 @@ impl Decoder {
     }
 
     /// The angles of every row. Training steps and the models that share weights ask for the same ones again and again.
-    fn angles(&self, sequences: &Sequences) -> Result<Angles> {
+    fn angles(&self, sequences: &Sequences) -> Result<Arc<Angles>> {
         let mut last = self.last_angles.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, angles)) = last.as_ref().filter(|(of, _)| of == sequences) {
+        if let Some(angles) = last.as_ref().filter(|angles| angles.sequences == *sequences) {
             return Ok(angles.clone());
         }
         let (frequencies, factor) = &*self.frequencies;
@@ -119,8 +136,10 @@ impl Decoder {
                 sin.push((s * factor) as f32);
             }
         }
-        let angles = Arc::new((self.ops.upload(cos, &shape, DType::F32)?, self.ops.upload(sin, &shape, DType::F32)?));
-        *last = Some((sequences.clone(), angles.clone()));
+        let upload = |values| self.ops.upload(values, &shape, DType::F32);
+        let (cos, sin, frequencies) = (upload(cos)?, upload(sin)?, self.revolutions()?);
+        let angles = Arc::new(Angles { sequences: sequences.clone(), cos, sin, frequencies });
+        *last = Some(angles.clone());
         Ok(angles)
     }
 
@@ -129,7 +148,7 @@ impl Decoder {
         layer: usize,
         tuning: Option<Tuning<'a>>,
         sequences: &'a Sequences,
-        angles: &'a (Tensor, Tensor),
+        angles: &'a Angles,
     ) -> Context<'a> {
         let (weights, mixer) = (&self.weights.blocks[layer], &self.mixers[layer]);
         Context { ops: &*self.ops, config: &self.config, weights, mixer, layer, tuning, sequences, angles }

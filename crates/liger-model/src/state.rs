@@ -44,7 +44,7 @@ pub fn state_elements(config: &ModelConfig, tokens: usize) -> usize {
             Mixer::Liger(liger) => liger.state_shapes(config).iter().map(|shape| shape.iter().product::<usize>()).sum(),
             Mixer::Softmax(_) => 0,
         };
-        let kept = if spec.kept > 0 { kv * rows + config.num_heads * d } else { 0 };
+        let kept = if spec.kept > 0 { kv * (rows + spec.slots()) + config.num_heads * d } else { 0 };
         2 * kv * rows * d + kept + recurrent
     };
     Mixer::of(config).iter().map(of_layer).sum()
@@ -62,6 +62,7 @@ impl State {
                 0 => None,
                 _ => Some(KeptKeys {
                     scores: zeros(&[slots, kv, rows])?,
+                    positions: zeros(&[slots, kv, spec.slots()])?,
                     queries: zeros(&[slots, config.num_heads, config.head_dim])?,
                 }),
             };
@@ -109,8 +110,9 @@ impl State {
         for (i, layer) in self.layers.iter().enumerate() {
             list.push((format!("layers.{i}.window.keys"), &layer.cache.keys));
             list.push((format!("layers.{i}.window.values"), &layer.cache.values));
-            if let Some(KeptKeys { scores, queries }) = &layer.cache.kept {
+            if let Some(KeptKeys { scores, positions, queries }) = &layer.cache.kept {
                 list.push((format!("layers.{i}.window.scores"), scores));
+                list.push((format!("layers.{i}.window.positions"), positions));
                 list.push((format!("layers.{i}.window.queries"), queries));
             }
             for (j, tensor) in layer.recurrent.iter().enumerate() {
@@ -191,6 +193,7 @@ impl State {
                 None => None,
                 Some(like) => Some(KeptKeys {
                     scores: read(&format!("layers.{i}.window.scores"), &like.scores, false)?,
+                    positions: read(&format!("layers.{i}.window.positions"), &like.positions, false)?,
                     queries: read(&format!("layers.{i}.window.queries"), &like.queries, false)?,
                 }),
             };

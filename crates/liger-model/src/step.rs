@@ -132,16 +132,13 @@ impl Decoder {
 impl Steps {
     fn new(decoder: &Decoder, steps: &dyn StepOps, specs: Vec<StepSpec>, texts: usize) -> Result<Self> {
         let (ops, config) = (decoder.ops(), decoder.config());
-        let frequencies = &decoder.frequencies().0;
-        let mut halves: Vec<f32> = frequencies.iter().map(|&f| f as f32).collect();
-        halves.extend(frequencies.iter().map(|&f| (f - f64::from(f as f32)) as f32));
         let heads = |count: usize| ops.empty(&[texts, count * config.head_dim]);
         Ok(Self {
             weights: decoder.shared_weights().clone(),
             specs,
             epsilon: config.rms_norm_eps,
             tokens: steps.tokens(texts)?,
-            frequencies: ops.upload(halves, &[2, frequencies.len()], DType::F32)?,
+            frequencies: decoder.revolutions()?,
             x: ops.empty(&[texts, config.hidden_size])?,
             q: heads(config.num_heads)?,
             k: heads(config.num_kv_heads)?,

@@ -33,7 +33,7 @@ fn cases() -> Vec<PathBuf> {
     if device().1 == DType::Bf16 {
         // Rounding changes which keys `kept` keeps: a choice, not a number that is a little off. The table of operations checks it
         // in bfloat16, on inputs that bfloat16 holds exactly.
-        cases.retain(|folder| !folder.ends_with("liger-kept"));
+        cases.retain(|folder| !folder.to_string_lossy().contains("liger-kept"));
     }
     cases.sort();
     assert!(!cases.is_empty(), "no fixtures in {}", folder.display());

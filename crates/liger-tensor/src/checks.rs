@@ -1,6 +1,6 @@
 //! Checks of shapes that every device makes before it runs an operation. Each names the operation in its error.
 
-use crate::{Attention, Error, GateAxis, KeyValueCache, Recurrence, Result, Sequences, Tensor};
+use crate::{Attention, Error, GateAxis, Keeping, KeyValueCache, Recurrence, Result, Sequences, Tensor};
 
 fn refused<T>(operation: &'static str, found: &Tensor, expected: String) -> Result<T> {
     Err(Error::Shape { operation, found: found.shape().to_vec(), expected })
@@ -150,21 +150,26 @@ impl RecurrenceSizes {
     }
 }
 
-/// The heads of an attention whose tensors fit together. Scores must be there if and only if keys are kept, of all rows and
-/// heads; without a cache, texts begin at position 0 then.
+/// The heads of an attention whose tensors fit together. Where keys are kept there are scores of all rows and heads, and
+/// frequencies; without a cache, texts begin at position 0 then.
 ///
 /// # Errors
 /// If they do not fit.
 pub fn attention(operation: &'static str, inputs: &Attention<'_>, has_cache: bool) -> Result<Heads> {
-    let Attention { q, k, v, scores, sequences, spec } = *inputs;
+    let Attention { q, k, v, keeping, sequences, spec } = *inputs;
     let heads = Heads::of(operation, q, k, sequences)?;
     same_length(operation, v, k)?;
     if spec.kept == 0 {
         return Ok(heads);
     }
     let rows = sequences.rows();
-    if spec.window.unwrap_or(0) == 0 || scores.is_none_or(|s| s.len() != rows * heads.kv) {
-        return refused(operation, scores.unwrap_or(k), format!("a window, and {rows} scores of {} heads", heads.kv));
+    let fits = |Keeping { scores, frequencies }: Keeping<'_>| {
+        scores.len() == rows * heads.kv && frequencies.len() == heads.dim / 2 * 2
+    };
+    if spec.window.unwrap_or(0) == 0 || !keeping.is_some_and(fits) {
+        let scores = keeping.map_or(k, |keeping| keeping.scores);
+        let expected = format!("a window, {rows} scores of {} heads, and frequencies for {}", heads.kv, heads.dim);
+        return refused(operation, scores, expected);
     }
     if !has_cache && sequences.list().iter().any(|s| s.position > 0) {
         return refused(operation, q, "sequences from position 0".to_owned());

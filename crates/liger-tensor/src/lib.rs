@@ -17,8 +17,8 @@ mod tensor;
 pub use error::{Error, Result};
 pub use ops::{
     AdamwParameter, AdamwStep, Attention, AttentionGradients, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate,
-    GateAxis, Gemm, KeptKeys, KeyValueCache, Ops, Recurrence, RecurrenceGradients, low_rank_backward_by_products,
-    low_rank_forward_by_products,
+    GateAxis, Gemm, Keeping, KeptKeys, KeyValueCache, Ops, Recurrence, RecurrenceGradients,
+    low_rank_backward_by_products, low_rank_forward_by_products,
 };
 pub use sequences::{Sequence, Sequences};
 pub use steps::{LigerStep, Recording, StepForm, StepLinear, StepOps, StepSpec};

@@ -48,12 +48,23 @@ pub struct AttentionSpec {
     /// scores; the rest for what the queries of the last stretch like best: log sum over the heads of a group of
     /// exp(mean query . key / sqrt(D)).
     pub kept: usize,
+    /// A kept key (or sink beside such) that is more tokens before the first of the window counts as so many before it: its
+    /// rotation by RoPE is moved on. For texts longer than the model was trained for.
+    pub reach: Option<usize>,
 }
 
 impl AttentionSpec {
     /// A window and the first keys of the text.
     pub const fn window(window: usize, sinks: usize) -> Self {
-        Self { window: Some(window), sinks, kept: 0 }
+        Self { window: Some(window), sinks, kept: 0, reach: None }
+    }
+
+    /// Attention to everything before.
+    pub const EVERYTHING: Self = Self { window: None, sinks: 0, kept: 0, reach: None };
+
+    /// Positions by which the kept key at `key` is moved on for the query at `query`.
+    pub fn turn(self, query: usize, key: usize) -> usize {
+        self.reach.map_or(0, |reach| self.window_start(query).saturating_sub(reach + key))
     }
 
     /// Rows of a cache before the ring: sinks and kept keys.
@@ -118,12 +129,22 @@ pub struct Attention<'a> {
     pub k: &'a Tensor,
     /// `[N, K, D]`.
     pub v: &'a Tensor,
-    /// `[N, K]` in float32, where keys are kept.
-    pub scores: Option<&'a Tensor>,
+    /// Where keys are kept: what it takes to choose and to move them.
+    pub keeping: Option<Keeping<'a>>,
     /// The sequences of the N rows.
     pub sequences: &'a Sequences,
     /// Which keys a query sees.
     pub spec: AttentionSpec,
+}
+
+/// Inputs of an attention that keeps keys, both in float32.
+#[derive(Clone, Copy)]
+pub struct Keeping<'a> {
+    /// Of the keys, `[N, K]`: [`Ops::key_novelty`].
+    pub scores: &'a Tensor,
+    /// Frequencies of RoPE in revolutions a token, `[2, D/2]`: the float32 nearest to each, and what is missing to its float64
+    /// value.
+    pub frequencies: &'a Tensor,
 }
 
 /// Gradients of the inputs of an [`Attention`], each overwritten. Scores have none: which keys stay is not differentiated.
@@ -155,6 +176,8 @@ pub struct KeyValueCache {
 pub struct KeptKeys {
     /// Scores of all rows, `[slots, K, rows]`.
     pub scores: Tensor,
+    /// Positions of what sinks and kept keys hold, `[slots, K, sinks + kept]`.
+    pub positions: Tensor,
     /// Sums of the queries of the last stretch so far, `[slots, H, D]`.
     pub queries: Tensor,
 }
@@ -162,7 +185,8 @@ pub struct KeptKeys {
 impl KeyValueCache {
     /// Bytes of the memory held.
     pub fn bytes(&self) -> usize {
-        let kept = self.kept.as_ref().map_or(0, |kept| kept.scores.bytes() + kept.queries.bytes());
+        let kept =
+            self.kept.as_ref().map_or(0, |kept| kept.scores.bytes() + kept.positions.bytes() + kept.queries.bytes());
         self.keys.bytes() + self.values.bytes() + kept
     }
 }

@@ -44,7 +44,8 @@ pub struct LigerStep<'a> {
     pub qkv: [&'a Tensor; 3],
     /// Weights `[D]` of the norms on the heads of q and k (Qwen3).
     pub head_norms: Option<[&'a Tensor; 2]>,
-    /// Frequencies of RoPE, `[2, D/2]`: the float32 nearest to each, and what is missing to its float64 value.
+    /// Frequencies of RoPE in revolutions a token, `[2, D/2]`: the float32 nearest to each, and what is missing to its float64
+    /// value.
     pub frequencies: &'a Tensor,
     /// Takes the new keys and values; has a window.
     pub cache: &'a KeyValueCache,

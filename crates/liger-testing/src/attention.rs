@@ -1,30 +1,46 @@
 //! Softmax attention, with windows, sinks and kept keys: forward in one piece, by any split through a cache, and backward;
 //! and the scores by which keys are kept.
 
-use liger_tensor::{Attention, AttentionGradients, AttentionSpec, KeptKeys, KeyValueCache, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionGradients, AttentionSpec, Keeping, KeptKeys, KeyValueCache, Sequences, Tensor};
 
 use crate::plain::{gradient, softmax};
 use crate::{Check, Numbers};
 
 type Sizes = (usize, usize, usize, usize);
 
-/// One sequence: q [T,H,D], k, v [T,K,D], scores [T,K].
+/// One sequence: q [T,H,D], k, v [T,K,D], scores [T,K]; revolutions a token of the pairs of a key, [D/2].
 #[derive(Clone, Copy)]
 struct Text<'a> {
     q: &'a [f64],
     k: &'a [f64],
     v: &'a [f64],
     scores: &'a [f64],
+    frequencies: &'a [f64],
     sizes: Sizes,
 }
 
+/// RoPE's frequencies for heads of `d`, and as operations take them.
+pub(crate) fn frequencies(c: &Check<'_>, d: usize) -> (Vec<f64>, Tensor) {
+    let radians = (0..d / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / d as f64));
+    let all: Vec<f64> = radians.map(|f| f / std::f64::consts::TAU).collect();
+    let missing = all.iter().map(|&f| f - f64::from(f as f32));
+    let halves: Vec<f64> = all.iter().map(|&f| f64::from(f as f32)).chain(missing).collect();
+    let tensor = c.exact(&halves, &[2, d / 2]);
+    (all, tensor)
+}
+
 impl Text<'_> {
-    /// q . k / sqrt(D) of one token's query head, or of the mean of several tokens' queries, and a key.
-    fn score(&self, tokens: std::ops::Range<usize>, head: usize, key: usize) -> f64 {
+    /// q . k / sqrt(D) of one token's query head, or of the mean of several tokens' queries, and a key that is moved on.
+    fn score(&self, tokens: std::ops::Range<usize>, head: usize, key: usize, turn: usize) -> f64 {
         let (_, h, kv, d) = self.sizes;
-        let k = &self.k[(key * kv + head / (h / kv)) * d..][..d];
+        let mut k = self.k[(key * kv + head / (h / kv)) * d..][..d].to_vec();
+        for (i, frequency) in self.frequencies.iter().enumerate().filter(|_| turn > 0) {
+            let (sin, cos) = (std::f64::consts::TAU * frequency * turn as f64).sin_cos();
+            let (x, y) = (k[i], k[i + d / 2]);
+            (k[i], k[i + d / 2]) = (x * cos - y * sin, y * cos + x * sin);
+        }
         let count = tokens.len() as f64;
-        let dot = |t: usize| self.q[(t * h + head) * d..][..d].iter().zip(k).map(|(q, k)| q * k).sum::<f64>();
+        let dot = |t: usize| self.q[(t * h + head) * d..][..d].iter().zip(&k).map(|(q, k)| q * k).sum::<f64>();
         tokens.map(dot).sum::<f64>() / count / (d as f64).sqrt()
     }
 
@@ -40,7 +56,10 @@ impl Text<'_> {
             let mut kept: Vec<usize> = left.drain(..left.len().min(spec.sinks + spec.kept / 2)).collect();
             let last = (stretch - 1) * window..stretch * window;
             let group = of * (h / kv)..(of + 1) * (h / kv);
-            let liking = |j: &usize| group.clone().map(|head| self.score(last.clone(), head, *j).exp()).sum::<f64>();
+            let liking = |j: &usize| {
+                let turn = spec.turn(stretch * window, *j);
+                group.clone().map(|head| self.score(last.clone(), head, *j, turn).exp()).sum::<f64>()
+            };
             left.sort_by(|a, b| liking(b).total_cmp(&liking(a)));
             kept.extend(left.into_iter().take(spec.kept - spec.kept / 2));
             all.push(kept);
@@ -63,7 +82,8 @@ impl Text<'_> {
                     Some(window) => (0..=i).filter(|&j| i - j < window || j < spec.sinks).collect(),
                 };
                 for head in of * (h / kv)..(of + 1) * (h / kv) {
-                    let scores: Vec<f64> = seen.iter().map(|&j| self.score(i..i + 1, head, j)).collect();
+                    let turn = |j: usize| spec.turn(i, j);
+                    let scores: Vec<f64> = seen.iter().map(|&j| self.score(i..i + 1, head, j, turn(j))).collect();
                     let out = &mut out[(i * h + head) * d..][..d];
                     for (p, j) in softmax(&scores).iter().zip(&seen) {
                         let value = &self.v[(j * kv + of) * d..][..d];
@@ -74,10 +94,6 @@ impl Text<'_> {
         }
         out
     }
-}
-
-fn plain(q: &[f64], k: &[f64], v: &[f64], scores: &[f64], sizes: Sizes, spec: AttentionSpec) -> Vec<f64> {
-    Text { q, k, v, scores, sizes }.attention(spec)
 }
 
 /// Numbers that a device's activations hold exactly: what is kept must not depend on their rounding.
@@ -93,9 +109,17 @@ fn drawn_scores(numbers: &mut Numbers, count: usize) -> Vec<f64> {
 
 pub(crate) fn check(c: &Check<'_>) {
     let specs = [(None, 0), (Some(1), 0), (Some(5), 0), (Some(64), 0), (Some(64), 4), (Some(3), 4), (Some(1), 1)];
-    let specs = specs.map(|(window, sinks)| AttentionSpec { window, sinks, kept: 0 });
-    let kept = [(64, 4, 20), (8, 0, 1), (5, 2, 7), (3, 4, 64), (1, 1, 3), (16, 4, 124)];
-    let kept = kept.map(|(window, sinks, kept)| AttentionSpec { kept, ..AttentionSpec::window(window, sinks) });
+    let specs = specs.map(|(window, sinks)| AttentionSpec { window, sinks, ..AttentionSpec::EVERYTHING });
+    let kept = [
+        (64, 4, 20, None),
+        (8, 0, 1, Some(9)),
+        (5, 2, 7, Some(0)),
+        (3, 4, 64, None),
+        (1, 1, 3, Some(2)),
+        (16, 4, 124, Some(30)),
+    ];
+    let kept =
+        kept.map(|(window, sinks, kept, reach)| AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) });
     for spec in specs.into_iter().chain(kept) {
         for (t, h, kv, d) in
             [(1, 1, 1, 16), (2, 3, 1, 16), (63, 4, 4, 8), (65, 3, 1, 60), (200, 8, 2, 32), (70, 2, 2, 128)]
@@ -165,7 +189,8 @@ fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     let mut numbers = Numbers::new((t * d) as u64);
     let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
     let scores = drawn_scores(&mut numbers, t * kv);
-    let expected = plain(&q, &k, &v, &scores, sizes, spec);
+    let (turns, frequencies) = frequencies(c, d);
+    let expected = Text { q: &q, k: &k, v: &v, scores: &scores, frequencies: &turns, sizes }.attention(spec);
     let what = format!("attention {sizes:?} {spec:?}");
     // Behind another sequence in the batch, without a cache.
     let before = 3;
@@ -179,7 +204,8 @@ fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     );
     let batch = Sequences::fresh([before, t]);
     let marks = c.exact(&join(&scores, kv), &[rows, kv]);
-    let inputs = Attention { q: &qt, k: &kt, v: &vt, scores: Some(&marks), sequences: &batch, spec };
+    let keeping = Some(Keeping { scores: &marks, frequencies: &frequencies });
+    let inputs = Attention { q: &qt, k: &kt, v: &vt, keeping, sequences: &batch, spec };
     c.ops.attention_forward(&mut out, inputs, None, None).expect(&what);
     let mut own = c.poisoned(&[t, h, d]);
     c.ops.copy_rows(&mut own, &out, before).expect(&what);
@@ -195,6 +221,7 @@ fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
         };
         let kept = (spec.kept > 0).then(|| KeptKeys {
             scores: c.poisoned_exact(&[2, kv, cache_rows]),
+            positions: c.poisoned_exact(&[2, kv, spec.slots()]),
             queries: c.poisoned_exact(&[2, h, d]),
         });
         let mut cache = KeyValueCache { spec, keys: empty(cache_rows), values: empty(cache_rows), kept };
@@ -209,7 +236,8 @@ fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
             let mut out = c.poisoned(&[piece, h, d]);
             let (q, k, v) = (part(&q, h), part(&k, kv), part(&v, kv));
             let marks = c.exact(&scores[done * kv..(done + piece) * kv], &[piece, kv]);
-            let inputs = Attention { q: &q, k: &k, v: &v, scores: Some(&marks), sequences: &batch, spec };
+            let keeping = Some(Keeping { scores: &marks, frequencies: &frequencies });
+            let inputs = Attention { q: &q, k: &k, v: &v, keeping, sequences: &batch, spec };
             c.ops.attention_forward(&mut out, inputs, Some(&mut cache), None).expect(&what);
             found.extend(c.ops.download(&out).expect("download").iter().map(|&x| f64::from(x)));
             done += piece;
@@ -227,7 +255,9 @@ fn backward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
     let mut numbers = Numbers::new(t as u64);
     let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
     let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));
-    let f = |q: &[f64], k: &[f64], v: &[f64]| plain(q, k, v, &scores, sizes, spec);
+    let (turns, _) = frequencies(c, d);
+    let f =
+        |q: &[f64], k: &[f64], v: &[f64]| Text { q, k, v, scores: &scores, frequencies: &turns, sizes }.attention(spec);
     let expected = [
         gradient(&q, &dout, |q| f(q, &k, &v)),
         gradient(&k, &dout, |k| f(&q, k, &v)),
@@ -249,7 +279,9 @@ fn gradients(
     let (q, k, v) = (c.tensor(q, &[t, h, d]), c.tensor(k, &[t, kv, d]), c.tensor(v, &[t, kv, d]));
     let (dout, scores) = (c.tensor(dout, &[t, h, d]), c.exact(scores, &[t, kv]));
     let batch = Sequences::fresh([t]);
-    let inputs = Attention { q: &q, k: &k, v: &v, scores: Some(&scores), sequences: &batch, spec };
+    let (_, frequencies) = frequencies(c, d);
+    let keeping = Some(Keeping { scores: &scores, frequencies: &frequencies });
+    let inputs = Attention { q: &q, k: &k, v: &v, keeping, sequences: &batch, spec };
     let mut out = c.poisoned(&[t, h, d]);
     let mut statistics = c.ops.attention_statistics(&q).expect("attention_statistics");
     let kept = statistics.as_mut();
@@ -271,12 +303,13 @@ fn gradients(
 /// Over several blocks of rows the gradient by v is checked exactly: the output is linear in v.
 fn long_backward(c: &Check<'_>) {
     let sizes @ (t, h, kv, d) = (150, 3, 1, 16);
-    let everything = AttentionSpec { window: None, sinks: 0, kept: 0 };
-    let kept = |window, sinks, kept| AttentionSpec { kept, ..AttentionSpec::window(window, sinks) };
-    for spec in [everything, AttentionSpec::window(64, 4), kept(16, 4, 12), kept(64, 4, 116), kept(8, 2, 90)] {
+    let kept = |window, sinks, kept, reach| AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) };
+    let kept = [kept(16, 4, 12, None), kept(64, 4, 116, Some(40)), kept(8, 2, 90, Some(20))];
+    for spec in [AttentionSpec::EVERYTHING, AttentionSpec::window(64, 4)].into_iter().chain(kept) {
         let mut numbers = Numbers::new(5);
         let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
         let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));
+        let (turns, _) = frequencies(c, d);
         let [dq, dk, dv] = gradients(c, sizes, spec, [&q, &k, &v, &scores], &dout);
         let get = |t: &liger_tensor::Tensor| c.ops.download(t).expect("download");
         for (name, grad, which) in [("dq", get(&dq), 0), ("dk", get(&dk), 1), ("dv", get(&dv), 2)] {
@@ -289,7 +322,8 @@ fn long_backward(c: &Check<'_>) {
                     }
                     x.iter().zip(&direction).map(|(x, d)| x + step * d).collect()
                 };
-                let out = plain(&moved(&q, 0), &moved(&k, 1), &moved(&v, 2), &scores, sizes, spec);
+                let (q, k, v) = (&moved(&q, 0), &moved(&k, 1), &moved(&v, 2));
+                let out = Text { q, k, v, scores: &scores, frequencies: &turns, sizes }.attention(spec);
                 out.iter().zip(&dout).map(|(o, d)| o * d).sum::<f64>()
             };
             let expected = (at(1e-5) - at(-1e-5)) / 2e-5;

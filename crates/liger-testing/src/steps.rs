@@ -2,10 +2,11 @@
 //! it stands for, which have their own checks.
 
 use liger_tensor::{
-    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, KeptKeys, KeyValueCache, LigerStep,
-    Recurrence, Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
+    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, Keeping, KeptKeys, KeyValueCache,
+    LigerStep, Recurrence, Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
 };
 
+use crate::attention::frequencies;
 use crate::plain::{matmul, sigmoid, transpose};
 use crate::{Check, Numbers};
 
@@ -121,12 +122,16 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
     let mut n = Numbers::new((kv * group * dim) as u64);
     let heads = kv * group;
     let kept = if form == StepForm::Kept { 9 } else { 0 };
-    let spec = AttentionSpec { kept, ..AttentionSpec::window(window, sinks) };
+    let spec = AttentionSpec { kept, reach: Some(10), ..AttentionSpec::window(window, sinks) };
     let rows = spec.cache_rows();
     let cached = [slots, kv, rows, dim];
     let zeros = || ops.zeros(&cached).expect("zeros");
     let zeros_of = |shape: &[usize]| c.exact(&vec![0.0; shape.iter().product()], shape);
-    let choice = || KeptKeys { scores: zeros_of(&[slots, kv, rows]), queries: zeros_of(&[slots, heads, dim]) };
+    let choice = || KeptKeys {
+        scores: zeros_of(&[slots, kv, rows]),
+        positions: zeros_of(&[slots, kv, spec.slots()]),
+        queries: zeros_of(&[slots, heads, dim]),
+    };
     let cache = || KeyValueCache { spec, keys: zeros(), values: zeros(), kept: (kept > 0).then(choice) };
     let (fused_cache, mut plain_cache) = (cache(), cache());
     let state_shapes: Vec<[usize; 4]> = match form {
@@ -138,10 +143,7 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
     let first: Vec<Vec<f64>> = state_shapes.iter().map(|s| n.normal(s.iter().product())).collect();
     let states = || -> Vec<Tensor> { first.iter().zip(&state_shapes).map(|(x, s)| c.exact(x, s)).collect() };
     let (fused_states, mut plain_states) = (states(), states());
-    let frequencies: Vec<f64> = (0..dim / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / dim as f64)).collect();
-    let mut halves: Vec<f64> = frequencies.iter().map(|&f| f64::from(f as f32)).collect();
-    halves.extend(frequencies.iter().map(|&f| f - f64::from(f as f32)));
-    let frequency_tensor = c.exact(&halves, &[2, dim / 2]);
+    let (revolutions, frequencies) = frequencies(c, dim);
     let (alpha, beta) = (0.7, 0.3);
     let epsilon = 1e-5;
     let spec_of_step = StepSpec { heads, kv_heads: kv, head_dim: dim, form, alpha, beta, rope_factor: 1.1, epsilon };
@@ -159,7 +161,7 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
             spec: spec_of_step,
             qkv: [&q, &k, &v],
             head_norms: None,
-            frequencies: &frequency_tensor,
+            frequencies: &frequencies,
             cache: &fused_cache,
             states: &fused_states,
         };
@@ -167,8 +169,8 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
 
         let mut angles = [Vec::new(), Vec::new()];
         for position in sequences.positions() {
-            for f in &frequencies {
-                let (sin, cos) = (position as f64 * f).sin_cos();
+            for f in &revolutions {
+                let (sin, cos) = (std::f64::consts::TAU * position as f64 * f).sin_cos();
                 angles[0].push(1.1 * cos);
                 angles[1].push(1.1 * sin);
             }
@@ -186,8 +188,8 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
             marks
         });
         let (q_rotated, k_rotated) = (rotated(&q), rotated(&k));
-        let inputs =
-            Attention { q: &q_rotated, k: &k_rotated, v: &v, scores: marks.as_ref(), sequences: &sequences, spec };
+        let keeping = marks.as_ref().map(|scores| Keeping { scores, frequencies: &frequencies });
+        let inputs = Attention { q: &q_rotated, k: &k_rotated, v: &v, keeping, sequences: &sequences, spec };
         ops.attention_forward(&mut window, inputs, Some(&mut plain_cache), None).expect("attention");
         let recurrent = recurrence(c, form, (&q, &k, &v), &sequences, &mut plain_states);
         let window = ops.download(&window).expect("download");

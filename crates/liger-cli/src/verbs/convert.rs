@@ -40,7 +40,7 @@ pub struct FormArgs {
     /// Weight of the window branch [default: 0.5; mean and kept: 1]
     #[arg(long)]
     beta: Option<f32>,
-    /// Memory slots of gsa [default: the head size] and of kept [default: 116]
+    /// Memory slots of gsa [default: the head size] and of kept [default: 114]
     #[arg(long)]
     slots: Option<usize>,
     /// Layers that keep softmax attention

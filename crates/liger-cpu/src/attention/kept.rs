@@ -1,7 +1,9 @@
-//! Keys that stay when they leave the window: which ones, and the scores that say so.
+//! Keys that stay when they leave the window: which ones, the scores that say so, and how far they are from a query.
+
+use std::f64::consts::TAU;
 
 use liger_tensor::checks::Heads;
-use liger_tensor::{Attention, AttentionSpec, Error, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
+use liger_tensor::{Attention, AttentionSpec, Error, Keeping, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
 
 use super::{Source, kv_at, query_at};
 use crate::math::add_scaled;
@@ -16,36 +18,72 @@ pub(super) enum Key {
     Slot(usize),
 }
 
+/// What a slot holds.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    pub(super) key: Key,
+    pub(super) position: usize,
+    score: f32,
+}
+
 /// The keys kept for one head of a sequence.
 pub(super) struct Kept {
     first_stretch: usize,
-    /// By stretch: the keys in the slots that its queries see.
-    stretches: Vec<Vec<Key>>,
-    /// Scores of the slots in the end.
-    scores: Vec<f32>,
+    /// By stretch: what the slots hold for its queries.
+    stretches: Vec<Vec<Held>>,
     /// Sum of the queries of the last stretch, `[group, D]`.
     queries: Vec<f32>,
+}
+
+/// RoPE's frequencies in revolutions a token: how keys are moved on.
+#[derive(Default)]
+pub(super) struct Turns(Vec<f64>);
+
+impl Turns {
+    pub(super) fn of(frequencies: &Tensor) -> Result<Self> {
+        let (nearest, missing) = frequencies.as_f32()?.split_at(frequencies.len() / 2);
+        Ok(Self(nearest.iter().zip(missing).map(|(a, b)| f64::from(*a) + f64::from(*b)).collect()))
+    }
+
+    /// Rotates a key after RoPE as if its position were `by` larger (or smaller).
+    pub(super) fn turn(&self, key: &mut [f32], by: i64) {
+        let (first, second) = key.split_at_mut(self.0.len());
+        for ((x, y), frequency) in first.iter_mut().zip(second).zip(&self.0) {
+            let (sin, cos) = (TAU * (by as f64 * frequency).fract()).sin_cos();
+            let (a, b) = (f64::from(*x), f64::from(*y));
+            (*x, *y) = ((a * cos - b * sin) as f32, (b * cos + a * sin) as f32);
+        }
+    }
+}
+
+/// What a cache remembers of one head of a sequence.
+#[derive(Clone, Copy)]
+struct Remembered<'a> {
+    /// Of the cache's rows.
+    scores: &'a [f32],
+    /// Of the slots.
+    positions: &'a [f32],
+    /// Sum of the queries of the stretch that the token before this batch is in.
+    queries: &'a [f32],
 }
 
 /// Where scores, keys and queries of one head of a sequence come from.
 struct Candidates<'a> {
     window: usize,
     new_scores: &'a [f32],
-    /// Of the cache's rows.
-    held_scores: Option<&'a [f32]>,
+    remembered: Option<Remembered<'a>>,
     keys: Source<'a>,
     q: &'a [f32],
-    /// Sum of the queries of the stretch that the token before this batch is in.
-    held_queries: Option<&'a [f32]>,
+    turns: &'a Turns,
 }
 
 impl Candidates<'_> {
     fn score(&self, position: usize) -> f32 {
         let Source { spec, sequence: s, heads, head, .. } = self.keys;
-        match (position.checked_sub(s.position), self.held_scores) {
+        match (position.checked_sub(s.position), self.remembered) {
             _ if position < spec.sinks => f32::INFINITY,
             (Some(t), _) => self.new_scores[(s.start + t) * heads.kv + head],
-            (None, Some(held)) => held[spec.cache_row(position)],
+            (None, Some(held)) => held.scores[spec.cache_row(position)],
             (None, None) => f32::NEG_INFINITY,
         }
     }
@@ -55,10 +93,10 @@ impl Candidates<'_> {
         let Source { sequence: s, heads, head, .. } = self.keys;
         let width = heads.group() * heads.dim;
         let mut sum = vec![0.0f32; width];
-        if let (Some(held), Some(last)) = (self.held_queries, s.position.checked_sub(1))
+        if let (Some(held), Some(last)) = (self.remembered, s.position.checked_sub(1))
             && last / self.window == stretch
         {
-            sum.copy_from_slice(held);
+            sum.copy_from_slice(held.queries);
         }
         let rows = (stretch * self.window).max(s.position)..((stretch + 1) * self.window).min(s.position + s.len);
         for position in rows {
@@ -68,12 +106,15 @@ impl Candidates<'_> {
         sum
     }
 
-    /// How much the mean query of each head of the group likes a key.
-    fn liking(&self, key: Key, queries: &[f32]) -> f32 {
+    /// How much the mean query of each head of the group likes a key that is moved on by `turn`.
+    fn liking(&self, key: Key, turn: usize, queries: &[f32]) -> f32 {
         let d = self.keys.heads.dim;
-        let row = self.keys.row(key);
+        let mut row = self.keys.row(key).to_vec();
+        if turn > 0 {
+            self.turns.turn(&mut row, turn as i64);
+        }
         let scale = 1.0 / ((d as f32).sqrt() * self.window as f32);
-        let scores = queries.chunks_exact(d).map(|q| scale * q.iter().zip(row).map(|(q, k)| q * k).sum::<f32>());
+        let scores = queries.chunks_exact(d).map(|q| scale * q.iter().zip(&row).map(|(q, k)| q * k).sum::<f32>());
         let scores: Vec<f32> = scores.collect();
         let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         best + scores.iter().map(|score| (score - best).exp()).sum::<f32>().ln()
@@ -83,55 +124,58 @@ impl Candidates<'_> {
         let (Source { spec, sequence: s, .. }, window) = (&self.keys, self.window);
         // Stretches taken in before this batch: all but the last two of the tokens so far.
         let mut taken = (s.position.saturating_sub(1) / window).saturating_sub(1);
-        let filled = spec.slots().min(taken * window);
-        let mut keys: Vec<Key> = (0..filled).map(Key::Slot).collect();
-        let mut scores: Vec<f32> = self.held_scores.map_or(Vec::new(), |held| held[..filled].to_vec());
+        let mut slots: Vec<Held> = self.remembered.map_or(Vec::new(), |held| {
+            let slots = held.scores.iter().zip(held.positions).take(taken * window).enumerate();
+            slots
+                .map(|(slot, (&score, &position))| Held { key: Key::Slot(slot), position: position as usize, score })
+                .collect()
+        });
         let (first_stretch, last) = (s.position / window, (s.position + s.len - 1) / window);
         let mut stretches = Vec::with_capacity(last + 1 - first_stretch);
         for stretch in first_stretch..=last {
             if taken + 1 < stretch {
                 let queries = self.queries(stretch - 1);
-                let new: Vec<(Key, f32)> =
-                    (taken * window..(taken + 1) * window).map(|p| (Key::At(p), self.score(p))).collect();
-                take_in(*spec, &mut keys, &mut scores, &new, |key| self.liking(key, &queries));
+                let coming = (taken * window..(taken + 1) * window).map(|position| Held {
+                    key: Key::At(position),
+                    position,
+                    score: self.score(position),
+                });
+                let turn = |held: &Held| spec.turn(stretch * window, held.position);
+                take_in(*spec, &mut slots, &coming.collect::<Vec<_>>(), |held| {
+                    self.liking(held.key, turn(held), &queries)
+                });
                 taken += 1;
             }
-            stretches.push(keys.clone());
+            stretches.push(slots.clone());
         }
-        Kept { first_stretch, stretches, scores, queries: self.queries(last) }
+        Kept { first_stretch, stretches, queries: self.queries(last) }
     }
 }
 
 impl Kept {
     /// The slots of a stretch.
-    pub(super) fn at(&self, stretch: usize) -> &[Key] {
+    pub(super) fn at(&self, stretch: usize) -> &[Held] {
         &self.stretches[stretch - self.first_stretch]
     }
 }
 
 /// Those that come in take the places of those that go, in order.
-fn take_in(
-    spec: AttentionSpec,
-    keys: &mut Vec<Key>,
-    scores: &mut Vec<f32>,
-    new: &[(Key, f32)],
-    liking: impl Fn(Key) -> f32,
-) {
-    let (held, count) = (keys.len(), keys.len() + new.len());
-    let score = |i: usize| if i < held { scores[i] } else { new[i - held].1 };
-    let mut stays = vec![false; count];
-    best(&(0..count).map(score).collect::<Vec<_>>(), held, spec.kept_by_score()).for_each(|i| stays[i] = true);
-    let key = |i: usize| if i < held { keys[i] } else { new[i - held].0 };
-    let liked: Vec<f32> = (0..count).map(|i| if stays[i] { f32::INFINITY } else { liking(key(i)) }).collect();
+fn take_in(spec: AttentionSpec, slots: &mut Vec<Held>, new: &[Held], liking: impl Fn(&Held) -> f32) {
+    let held = slots.len();
+    let all: Vec<Held> = slots.iter().chain(new).copied().collect();
+    let mut stays = vec![false; all.len()];
+    let scores: Vec<f32> = all.iter().map(|held| held.score).collect();
+    best(&scores, held, spec.kept_by_score()).for_each(|i| stays[i] = true);
+    let liked: Vec<f32> =
+        all.iter().zip(&stays).map(|(held, &stays)| if stays { f32::INFINITY } else { liking(held) }).collect();
     best(&liked, held, spec.slots()).for_each(|i| stays[i] = true);
     let free: Vec<usize> = (0..held).filter(|&i| !stays[i]).chain(held..spec.slots()).collect();
     let coming = (0..new.len()).filter(|&j| stays[held + j]);
     for (slot, j) in free.into_iter().zip(coming) {
-        if slot == keys.len() {
-            keys.push(new[j].0);
-            scores.push(new[j].1);
+        if slot == slots.len() {
+            slots.push(new[j]);
         } else {
-            (keys[slot], scores[slot]) = new[j];
+            slots[slot] = new[j];
         }
     }
 }
@@ -145,14 +189,21 @@ fn best(values: &[f32], held: usize, most: usize) -> impl Iterator<Item = usize>
 }
 
 /// What is kept for every head of every sequence, `[sequences, K]`; nothing where the spec keeps none.
-pub(super) fn select(inputs: &Attention<'_>, heads: Heads, cache: Option<&KeyValueCache>) -> Result<Vec<Kept>> {
-    let Attention { q, k, scores, sequences, spec, .. } = *inputs;
-    let (Some(window), Some(scores)) = (spec.window.filter(|_| spec.kept > 0), scores) else { return Ok(Vec::new()) };
+pub(super) fn select(
+    inputs: &Attention<'_>,
+    heads: Heads,
+    turns: &Turns,
+    cache: Option<&KeyValueCache>,
+) -> Result<Vec<Kept>> {
+    let Attention { q, k, keeping, sequences, spec, .. } = *inputs;
+    let (Some(window), Some(Keeping { scores, .. })) = (spec.window.filter(|_| spec.kept > 0), keeping) else {
+        return Ok(Vec::new());
+    };
     let (q, new, new_scores) = (q.as_f32()?, k.as_f32()?, scores.as_f32()?);
     let held = match cache {
         Some(cache) => {
-            let KeptKeys { scores, queries } = remembered(cache)?;
-            Some((cache.keys.as_f32()?, scores.as_f32()?, queries.as_f32()?))
+            let KeptKeys { scores, positions, queries } = remembered(cache)?;
+            Some((cache.keys.as_f32()?, [scores.as_f32()?, positions.as_f32()?, queries.as_f32()?]))
         }
         None => None,
     };
@@ -162,9 +213,13 @@ pub(super) fn select(inputs: &Attention<'_>, heads: Heads, cache: Option<&KeyVal
         for head in 0..heads.kv {
             let place = sequence.slot * heads.kv + head;
             let keys = Source { new, past: held.map(|h| h.0), cache_rows, spec, sequence, heads, head };
-            let held_scores = held.map(|h| &h.1[place * cache_rows..][..cache_rows]);
-            let held_queries = held.map(|h| &h.2[place * width..][..width]);
-            kept.push(Candidates { window, new_scores, held_scores, keys, q, held_queries }.choose());
+            let of_head = |rows: usize| place * rows..(place + 1) * rows;
+            let remembered = held.map(|(_, [scores, positions, queries])| Remembered {
+                scores: &scores[of_head(cache_rows)],
+                positions: &positions[of_head(spec.slots())],
+                queries: &queries[of_head(width)],
+            });
+            kept.push(Candidates { window, new_scores, remembered, keys, q, turns }.choose());
         }
     }
     Ok(kept)
@@ -188,26 +243,29 @@ pub(super) fn store(
     for (i, kept) in kept.iter().enumerate() {
         let (sequence, head) = (sequences.list()[i / heads.kv], i % heads.kv);
         let Some(last) = kept.stretches.last() else { continue };
-        let base = (sequence.slot * heads.kv + head) * cache_rows;
+        let place = sequence.slot * heads.kv + head;
         for (tensor, new) in [(&mut cache.keys, k), (&mut cache.values, v)] {
             let held = tensor.as_f32_mut()?;
-            for (slot, key) in last.iter().enumerate() {
+            for (slot, Held { key, .. }) in last.iter().enumerate() {
                 if let Key::At(_) = key {
                     let source = Source { new, past: Some(held), cache_rows, spec, sequence, heads, head };
                     let row = source.row(*key).to_vec();
-                    held[(base + slot) * d..][..d].copy_from_slice(&row);
+                    held[(place * cache_rows + slot) * d..][..d].copy_from_slice(&row);
                 }
             }
         }
-        if let Some(KeptKeys { scores, queries }) = &mut cache.kept {
-            scores.as_f32_mut()?[base..base + kept.scores.len()].copy_from_slice(&kept.scores);
+        if let Some(KeptKeys { scores, positions, queries }) = &mut cache.kept {
+            let (scores, positions) = (scores.as_f32_mut()?, positions.as_f32_mut()?);
+            for (slot, held) in last.iter().enumerate() {
+                scores[place * cache_rows + slot] = held.score;
+                positions[place * spec.slots() + slot] = held.position as f32;
+            }
             let width = kept.queries.len();
-            queries.as_f32_mut()?[(sequence.slot * heads.kv + head) * width..][..width].copy_from_slice(&kept.queries);
+            queries.as_f32_mut()?[place * width..][..width].copy_from_slice(&kept.queries);
         }
     }
     Ok(())
 }
-
 /// See `Ops::key_novelty`.
 pub(crate) fn novelty(
     scores: &mut Tensor,

@@ -6,11 +6,15 @@
 
 mod kept;
 
+use std::borrow::Cow;
+
 use liger_tensor::checks::{self, Heads, grown_cache_rows, same_length};
-use liger_tensor::{Attention, AttentionGradients, AttentionSpec, KeyValueCache, Result, Sequence, Sequences, Tensor};
+use liger_tensor::{
+    Attention, AttentionGradients, AttentionSpec, Keeping, KeyValueCache, Result, Sequence, Sequences, Tensor,
+};
 
 pub(crate) use self::kept::novelty;
-use self::kept::{Kept, Key};
+use self::kept::{Held, Kept, Key, Turns};
 use crate::dots;
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{matmul, rows};
@@ -58,13 +62,29 @@ impl Source<'_> {
         self.past.map_or(&[], |past| &past[at..at + d])
     }
 
-    fn gather(&self, keys: &[Key]) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(keys.len() * self.heads.dim);
-        for &key in keys {
-            rows.extend_from_slice(self.row(key));
+    fn gather(&self, seen: &[Seen]) -> Vec<f32> {
+        let mut rows = Vec::with_capacity(seen.len() * self.heads.dim);
+        for seen in seen {
+            rows.extend_from_slice(self.row(seen.key));
         }
         rows
     }
+
+    /// Keys as the queries see them.
+    fn gather_keys(&self, seen: &[Seen], turns: &Turns) -> Vec<f32> {
+        let mut rows = self.gather(seen);
+        for (row, seen) in rows.chunks_exact_mut(self.heads.dim).zip(seen).filter(|(_, seen)| seen.turn > 0) {
+            turns.turn(row, seen.turn as i64);
+        }
+        rows
+    }
+}
+
+/// A key that queries see, and the positions by which it is moved on.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    key: Key,
+    turn: usize,
 }
 
 /// Rows of a sequence that one task takes, `first..last` of each: none goes across the border of two stretches where keys
@@ -82,16 +102,23 @@ fn blocks(spec: AttentionSpec, s: Sequence) -> Vec<(usize, usize)> {
 }
 
 /// Keys that any of the queries `from..to` sees.
-fn visible(spec: AttentionSpec, kept: Option<&Kept>, oldest: usize, from: usize, to: usize) -> Vec<Key> {
+fn visible(spec: AttentionSpec, kept: Option<&Kept>, oldest: usize, from: usize, to: usize) -> Vec<Seen> {
     let low = spec.window_start(from).max(oldest);
+    let as_it_is = |position| Seen { key: Key::At(position), turn: 0 };
     if let (Some(kept), Some(window)) = (kept, spec.window) {
-        return kept.at(from / window).iter().copied().chain((low..to).map(Key::At)).collect();
+        let moved_on = |held: &Held| Seen { key: held.key, turn: spec.turn(from, held.position) };
+        return kept.at(from / window).iter().map(moved_on).chain((low..to).map(as_it_is)).collect();
     }
-    (oldest..spec.sinks.min(low).max(oldest)).chain(low..to).map(Key::At).collect()
+    (oldest..spec.sinks.min(low).max(oldest)).chain(low..to).map(as_it_is).collect()
+}
+
+/// What moves kept keys on; nothing where none are kept.
+fn turns_of(inputs: &Attention<'_>) -> Result<Turns> {
+    inputs.keeping.map_or(Ok(Turns::default()), |Keeping { frequencies, .. }| Turns::of(frequencies))
 }
 
 /// Scores of one block, soft-maxed: row (i, g) against the visible keys.
-fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &[Key], h: Heads) -> Vec<f32> {
+fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &[Seen], h: Heads) -> Vec<f32> {
     let (group, n) = (h.group(), seen.len());
     let count = q.len() / h.dim;
     let mut scores = vec![0.0f32; count * n];
@@ -101,9 +128,9 @@ fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &
     vectorized!(|| {
         for (r, row) in scores.chunks_exact_mut(n).enumerate() {
             let position = from + r / group;
-            for (score, &key) in row.iter_mut().zip(seen) {
+            for (score, seen) in row.iter_mut().zip(seen) {
                 // Of a block within one stretch all queries see the same kept keys and the same window.
-                let Key::At(key) = key else { continue };
+                let Key::At(key) = seen.key else { continue };
                 let in_window = spec.kept > 0 || spec.window.is_none_or(|w| position < key + w);
                 if key > position || !(in_window || key < spec.sinks) {
                     *score = f32::NEG_INFINITY;
@@ -126,10 +153,12 @@ fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<u
 }
 
 pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option<&mut KeyValueCache>) -> Result<()> {
-    let Attention { q, k, v, scores, sequences, spec } = inputs;
+    let Attention { q, k, v, keeping, sequences, spec } = inputs;
     let heads = checks::attention("attention_forward", &inputs, cache.is_some())?;
     same_length("attention_forward", out, q)?;
-    let kept = kept::select(&inputs, heads, cache.as_deref())?;
+    let turns = turns_of(&inputs)?;
+    let kept = kept::select(&inputs, heads, &turns, cache.as_deref())?;
+    let scores = keeping.map(|keeping| keeping.scores);
     let (q, k, v) = (q.as_f32()?, k.as_f32()?, v.as_f32()?);
     if let Some(cache) = cache.as_deref_mut() {
         reserve(cache, sequences, heads)?;
@@ -137,7 +166,7 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option
     if let (Some(cache), true) = (cache.as_deref_mut(), sequences.list().iter().all(|s| s.len == 1)) {
         kept::store(cache, &kept, (k, v), sequences, heads)?;
         insert(cache, k, v, scores, sequences, heads)?;
-        return step(out.as_f32_mut()?, q, cache, sequences, heads);
+        return step(out.as_f32_mut()?, q, cache, &turns, sequences, heads);
     }
 
     let mut tasks = Vec::new();
@@ -163,7 +192,7 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option
         let oldest = if past.is_some() { 0 } else { sequence.position };
         let seen = visible(spec, kept, oldest, from, to);
         let queries = gather_queries(q, heads, head, sequence.start + first..sequence.start + last);
-        let p = probabilities(&queries, &keys.gather(&seen), spec, from, &seen, heads);
+        let p = probabilities(&queries, &keys.gather_keys(&seen, &turns), spec, from, &seen, heads);
         let (count, d) = (queries.len() / heads.dim, heads.dim);
         let mut block = queries; // its memory takes the result
         let values = values.gather(&seen);
@@ -236,9 +265,17 @@ fn insert(
 
 /// One token a sequence, its own key already in the cache. Long caches are cut into chunks for several threads, whose
 /// parts are merged by their maxima.
-fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
+fn step(
+    out: &mut [f32],
+    q: &[f32],
+    cache: &KeyValueCache,
+    turns: &Turns,
+    sequences: &Sequences,
+    heads: Heads,
+) -> Result<()> {
     let (keys, values) = (cache.keys.as_f32()?, cache.values.as_f32()?);
-    let (cache_rows, d, group) = (cache.keys.dim(2), heads.dim, heads.group());
+    let positions = cache.kept.as_ref().map_or(Ok(&[][..]), |kept| kept.positions.as_f32())?;
+    let (cache_rows, d, group, slots) = (cache.keys.dim(2), heads.dim, heads.group(), cache.spec.slots());
     let scale = 1.0 / (d as f32).sqrt();
     let mut tasks = Vec::new();
     for s in sequences.list() {
@@ -259,12 +296,25 @@ fn step(out: &mut [f32], q: &[f32], cache: &KeyValueCache, sequences: &Sequences
         let base = (s.slot * heads.kv + head) * cache_rows;
         let range = (base + first) * d..(base + last) * d;
         let (keys, values) = (&keys[range.clone()], &values[range]);
+        let turn = |row: usize| match positions.get((s.slot * heads.kv + head) * slots + row) {
+            Some(&position) if row < slots => cache.spec.turn(s.position, position as usize),
+            _ => 0,
+        };
+        let keys = if (first..last).any(|row| turn(row) > 0) {
+            let mut moved = keys.to_vec();
+            for (row, key) in (first..last).zip(moved.chunks_exact_mut(d)) {
+                turns.turn(key, turn(row) as i64);
+            }
+            Cow::Owned(moved)
+        } else {
+            Cow::Borrowed(keys)
+        };
         // SAFETY: a task has its own part.
         let parts = unsafe { shared.slice(task * group * part, group * part) };
         let count = last - first;
         let at = query_at(heads, s.start, head);
         let mut scores = vec![0.0f32; group * count];
-        dots::product_alone(&mut scores, &q[at..at + group * d], keys, (group, count, d), scale);
+        dots::product_alone(&mut scores, &q[at..at + group * d], &keys, (group, count, d), scale);
         let mut sums = vec![0.0f32; group * d];
         for (scores, part) in scores.chunks_exact_mut(count).zip(parts.chunks_exact_mut(part)) {
             vectorized!(|| {
@@ -310,7 +360,8 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
     for (a, b) in [(&*dq, q), (&*dk, k), (&*dv, v), (dout, q)] {
         same_length(NAME, a, b)?;
     }
-    let kept = kept::select(&inputs, heads, None)?;
+    let turns = turns_of(&inputs)?;
+    let kept = kept::select(&inputs, heads, &turns, None)?;
     let (q, k, v, dout) = (q.as_f32()?, k.as_f32()?, v.as_f32()?, dout.as_f32()?);
     let (dq, dk, dv) =
         (Disjoint::new(dq.as_f32_mut()?), Disjoint::new(dk.as_f32_mut()?), Disjoint::new(dv.as_f32_mut()?));
@@ -326,7 +377,7 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
         let mut all_dv = vec![0.0f32; sequence.len * d];
         for (first, last) in blocks(spec, sequence) {
             let seen = visible(spec, kept.get(task), start, start + first, start + last);
-            let (keys, values) = (source(k).gather(&seen), source(v).gather(&seen));
+            let (keys, values) = (source(k).gather_keys(&seen, &turns), source(v).gather(&seen));
             let block = sequence.start + first..sequence.start + last;
             let queries = gather_queries(q, heads, head, block.clone());
             let dblock = gather_queries(dout, heads, head, block);
@@ -346,8 +397,11 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
             let mut block_dk = vec![0.0f32; n * d];
             matmul(&mut block_dk, d, (n, d, count), rows(&ds, n).t(), rows(&queries, d), scale, false, alone);
 
-            for (i, key) in seen.iter().enumerate() {
-                let Key::At(position) = *key else { continue };
+            for (i, seen) in seen.iter().enumerate() {
+                let Key::At(position) = seen.key else { continue };
+                if seen.turn > 0 {
+                    turns.turn(&mut block_dk[i * d..(i + 1) * d], -(seen.turn as i64));
+                }
                 let to = (position - start) * d..(position - start + 1) * d;
                 add_scaled(&mut all_dk[to.clone()], 1.0, &block_dk[i * d..(i + 1) * d]);
                 add_scaled(&mut all_dv[to], 1.0, &block_dv[i * d..(i + 1) * d]);

@@ -1,8 +1,8 @@
 //! Liger Attention: `alpha * recurrent + beta * window` (arXiv 2503.01496, equation 9).
 
 use liger_tensor::{
-    Attention, AttentionGradients, AttentionSpec, GateAxis, KeyValueCache, Ops, Recurrence, RecurrenceGradients,
-    Sequences, Tensor,
+    Attention, AttentionGradients, AttentionSpec, GateAxis, Keeping, KeyValueCache, Ops, Recurrence,
+    RecurrenceGradients, Sequences, Tensor,
 };
 
 use super::structures::{Form, Slots, SlotsGradients, Structure};
@@ -27,6 +27,8 @@ pub(crate) struct Projected<'a> {
     pub(crate) v: &'a Tensor,
     pub(crate) rope_q: &'a Tensor,
     pub(crate) rope_k: &'a Tensor,
+    /// RoPE's, in revolutions.
+    pub(crate) frequencies: &'a Tensor,
 }
 
 /// What the backward needs again.
@@ -58,9 +60,14 @@ impl Branch {
 
 impl Liger {
     pub(crate) fn new(liger: &LigerConfig, config: &ModelConfig) -> Self {
+        let &LigerConfig { window, sinks, structure, .. } = liger;
+        // No key is farther from a query than the base model has seen: the window is up to two stretches long.
+        let reach = config.max_position_embeddings.saturating_sub(2 * window);
+        let kept = liger.kept();
+        let reach = (kept > 0).then_some(reach);
         Self {
-            structure: liger.structure,
-            spec: AttentionSpec { window: Some(liger.window), sinks: liger.sinks, kept: liger.kept() },
+            structure,
+            spec: AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) },
             alpha: liger.alpha,
             beta: liger.beta,
             slots: liger.slots.unwrap_or(config.head_dim),
@@ -135,7 +142,8 @@ impl Liger {
     }
 
     fn windowed<'a>(&self, x: &Projected<'a>, scores: Option<&'a Tensor>, sequences: &'a Sequences) -> Attention<'a> {
-        Attention { q: x.rope_q, k: x.rope_k, v: x.v, scores, sequences, spec: self.spec }
+        let keeping = scores.map(|scores| Keeping { scores, frequencies: x.frequencies });
+        Attention { q: x.rope_q, k: x.rope_k, v: x.v, keeping, sequences, spec: self.spec }
     }
 
     /// Gradients of q, k (before RoPE, the recurrent branch's part), of v (both), and of q, k after RoPE.

@@ -23,8 +23,9 @@ pub(crate) enum Mixer {
 impl Mixer {
     /// The attention of every layer of a model.
     pub(crate) fn of(config: &ModelConfig) -> Vec<Self> {
-        let softmax =
-            |layer: usize| Self::Softmax(AttentionSpec { window: config.sliding_windows[layer], sinks: 0, kept: 0 });
+        let softmax = |layer: usize| {
+            Self::Softmax(AttentionSpec { window: config.sliding_windows[layer], ..AttentionSpec::EVERYTHING })
+        };
         (0..config.num_layers)
             .map(|layer| match &config.liger {
                 Some(liger) if !liger.softmax_layers.contains(&layer) => Self::Liger(Liger::new(liger, config)),

@@ -19,7 +19,7 @@ pub struct LigerConfig {
     pub alpha: f32,
     /// Weight of the window branch.
     pub beta: f32,
-    /// Memory slots of gsa (the head size if `None`) and of kept (116).
+    /// Memory slots of gsa (the head size if `None`) and of kept (114).
     pub slots: Option<usize>,
     /// Layers that keep their softmax attention over everything.
     pub softmax_layers: Vec<usize>,

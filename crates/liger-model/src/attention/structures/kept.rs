@@ -5,4 +5,4 @@
 
 /// Slots if the model does not say: with a window of 64, four sinks and heads of 64, all of it in bfloat16 is twice the bytes of
 /// the paper's window of 64 and its float32 state.
-pub(crate) const SLOTS: usize = 116;
+pub(crate) const SLOTS: usize = 114;
