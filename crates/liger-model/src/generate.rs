@@ -7,7 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::adapter::Adapter;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
-use crate::sampling::Sampling;
+use crate::sampling::{Chooser, Sampling, choose};
 use crate::state::State;
 
 /// Tokens that a prefill runs at once: enough to fill the device, few enough for bounded memory.
@@ -104,8 +104,11 @@ impl Generator<'_> {
             if !tell(id)? || produced == options.max_tokens {
                 break;
             }
-            let ops = self.decoder.ops();
-            id = options.sampling.choose(ops, self.step(state, &[(0, id)])?, &seen, &mut rng)?;
+            let logits = self.step(state, &[(0, id)])?;
+            let (sampling, seen) = (&options.sampling, &seen);
+            let text = Chooser { sampling, seen, rng: &mut rng, shows_logits: false };
+            let (chosen, _) = choose(self.decoder.ops(), logits, &mut [text])?;
+            id = chosen.first().copied().unwrap_or_default();
         }
         Ok(seen.split_off(prompt.len()))
     }

@@ -32,7 +32,7 @@ pub use config::{Family, LigerConfig, ModelConfig, RopeConfig, RopeScaling};
 pub use decoder::{Decoder, Pass, Recompute};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Generator, StopStrings};
-pub use sampling::Sampling;
+pub use sampling::{Chooser, Sampling, choose};
 pub use shapes::{RandomWeights, SHAPES};
 pub use state::{State, state_elements};
 pub use tokenizer::{ChatTemplate, Message, TextStream, Tokenizer};

@@ -28,27 +28,63 @@ impl Default for Sampling {
     }
 }
 
-impl Sampling {
-    /// Chooses from `logits [1, V]` on a device: there where it can be done, else here.
-    pub(crate) fn choose(&self, ops: &dyn Ops, logits: &Tensor, seen: &[u32], rng: &mut ChaCha8Rng) -> Result<u32> {
-        if self.repetition_penalty == 1.0 {
-            let Self { temperature, top_k, top_p, min_p, .. } = *self;
-            let ids = if temperature <= 0.0 {
-                Some(ops.argmax(logits)?)
-            } else {
-                // Taken from the stream only where the device uses it: `pick` takes its own.
-                let mut after = rng.clone();
-                let draw = after.random::<f32>();
-                let drawn = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &[draw])?;
-                drawn.inspect(|_| *rng = after)
-            };
-            if let Some(&id) = ids.as_deref().and_then(|ids| ids.first()) {
-                return Ok(id);
+/// A text whose next token is to be chosen.
+pub struct Chooser<'a> {
+    /// How.
+    pub sampling: &'a Sampling,
+    /// Tokens that the repetition penalty counts.
+    pub seen: &'a [u32],
+    /// Of this text: what is drawn does not depend on the others.
+    pub rng: &'a mut ChaCha8Rng,
+    /// Whether the logits are asked for besides.
+    pub shows_logits: bool,
+}
+
+/// The next token of each text, from `logits [texts, V]`; and the logits, if one of them had to be chosen here and not on the
+/// device. Where a token is chosen depends on its text's settings alone, so that a seed gives the same text in any company.
+///
+/// # Errors
+/// If the device fails.
+pub fn choose(ops: &dyn Ops, logits: &Tensor, texts: &mut [Chooser<'_>]) -> Result<(Vec<u32>, Option<Vec<f32>>)> {
+    let mut chosen: Vec<Option<u32>> = vec![None; texts.len()];
+    let on_device = |text: &Chooser<'_>| text.sampling.repetition_penalty == 1.0 && !text.shows_logits;
+    if texts.iter().any(|text| on_device(text) && text.sampling.temperature <= 0.0) {
+        let best = ops.argmax(logits)?;
+        for ((chosen, text), id) in chosen.iter_mut().zip(&*texts).zip(best) {
+            *chosen = (on_device(text) && text.sampling.temperature <= 0.0).then_some(id);
+        }
+    }
+    for first in 0..texts.len() {
+        if chosen[first].is_some() || !on_device(&texts[first]) {
+            continue;
+        }
+        let sampling = texts[first].sampling.clone();
+        let alike = |text: &Chooser<'_>| on_device(text) && *text.sampling == sampling;
+        // Taken from the streams only if the device draws: `pick` takes its own.
+        let draws: Vec<f32> =
+            texts.iter().map(|text| if alike(text) { text.rng.clone().random() } else { 0.0 }).collect();
+        let Sampling { temperature, top_k, top_p, min_p, .. } = sampling;
+        let Some(ids) = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &draws)? else { break };
+        for ((chosen, text), id) in chosen.iter_mut().zip(&mut *texts).zip(ids) {
+            if alike(text) {
+                let _: f32 = text.rng.random();
+                *chosen = Some(id);
             }
         }
-        Ok(self.pick(&mut ops.download(logits)?, seen, rng))
     }
+    let all = if chosen.contains(&None) { Some(ops.download(logits)?) } else { None };
+    let width = logits.len() / texts.len().max(1);
+    for (i, text) in texts.iter_mut().enumerate() {
+        if let (None, Some(all)) = (chosen[i], &all) {
+            let mut row = all[i * width..(i + 1) * width].to_vec();
+            chosen[i] = Some(text.sampling.pick(&mut row, text.seen, text.rng));
+        }
+    }
+    let ids = chosen.into_iter().flatten().collect();
+    Ok((ids, all))
+}
 
+impl Sampling {
     /// Picks a token; `seen` are those that the repetition penalty counts.
     pub fn pick(&self, logits: &mut [f32], seen: &[u32], rng: &mut ChaCha8Rng) -> u32 {
         if self.repetition_penalty != 1.0 {

@@ -122,11 +122,53 @@ impl State {
         list
     }
 
-    /// Writes the state to a safetensors file; `fingerprint` names the model that it belongs to.
+    fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|layer| {
+            let kept = layer.cache.kept.iter().flat_map(|kept| [&kept.scores, &kept.positions, &kept.queries]);
+            [&layer.cache.keys, &layer.cache.values].into_iter().chain(kept).chain(&layer.recurrent)
+        })
+    }
+
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.layers.iter_mut().flat_map(|layer| {
+            let KeyValueCache { keys, values, kept, .. } = &mut layer.cache;
+            let kept = kept.iter_mut().flat_map(|kept| [&mut kept.scores, &mut kept.positions, &mut kept.queries]);
+            [keys, values].into_iter().chain(kept).chain(&mut layer.recurrent)
+        })
+    }
+
+    /// Copies the text of a slot into `one`, a state of one slot of the same model.
+    ///
+    /// # Errors
+    /// If the states are not alike: those that grow with the text are only so at the same length.
+    pub fn take(&self, slot: usize, one: &mut Self, ops: &dyn Ops) -> Result<()> {
+        for (to, from) in one.tensors_mut().zip(self.tensors()) {
+            ops.copy_rows(to, from, slot)?;
+        }
+        one.positions.fill(self.position(slot));
+        Ok(())
+    }
+
+    /// Puts the text of `one`, a state of one slot of the same model, into a slot.
+    ///
+    /// # Errors
+    /// As [`State::take`].
+    pub fn put(&mut self, slot: usize, one: &Self, ops: &dyn Ops) -> Result<()> {
+        for (to, from) in self.tensors_mut().zip(one.tensors()) {
+            ops.write_rows(to, from, slot)?;
+        }
+        if let Some(position) = self.positions.get_mut(slot) {
+            *position = one.position(0);
+        }
+        Ok(())
+    }
+
+    /// Writes the state to a safetensors file; `fingerprint` names the model that it belongs to, `about` is given back by
+    /// [`State::load`].
     ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be written; an older file of that name stays then.
-    pub fn save(&self, path: &Path, fingerprint: &str, ops: &dyn Ops) -> Result<()> {
+    pub fn save(&self, path: &Path, fingerprint: &str, about: &str, ops: &dyn Ops) -> Result<()> {
         let mut data = Vec::new();
         for (name, tensor) in self.named() {
             let bytes: Vec<u8> = ops.download(tensor)?.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -142,16 +184,17 @@ impl State {
             ("format".to_owned(), "liger-state-1".to_owned()),
             ("positions".to_owned(), positions),
             ("model".to_owned(), fingerprint.to_owned()),
+            ("about".to_owned(), about.to_owned()),
         ]);
         let bytes = safetensors::serialize(views, Some(metadata)).map_err(|e| Error::corrupt(path, e.to_string()))?;
         files::write_whole(path, &bytes)
     }
 
-    /// Reads a state back into one of the same model and number of slots.
+    /// Reads a state back into one of the same model and number of slots; what was said about it.
     ///
     /// # Errors
     /// [`Error::Corrupt`] if the file is damaged, of another model, or of another number of slots.
-    pub fn load(&mut self, path: &Path, fingerprint: &str, ops: &dyn Ops) -> Result<()> {
+    pub fn load(&mut self, path: &Path, fingerprint: &str, ops: &dyn Ops) -> Result<String> {
         let bytes = std::fs::read(path).map_err(io(path, "read"))?;
         let damaged = |e: safetensors::SafeTensorError| Error::corrupt(path, format!("not a state file: {e}"));
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
@@ -205,7 +248,7 @@ impl State {
         }
         (self.layers, self.positions) = (layers, positions);
         self.steps.clear();
-        Ok(())
+        Ok(metadata.get("about").cloned().unwrap_or_default())
     }
 
     /// Empties a slot for another text.

@@ -60,11 +60,16 @@ fn a_state_survives_the_disk() {
         generator.prefill(&mut state, 0, &prompt).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.safetensors");
-        state.save(&path, "this model", decoder.ops()).unwrap();
+        state.save(&path, "this model", "a note", decoder.ops()).unwrap();
         let expected = generator.prefill(&mut state, 0, &[7, 8, 9]).unwrap();
         let mut again = decoder.new_state(1).unwrap();
-        again.load(&path, "this model", decoder.ops()).unwrap();
+        assert_eq!(again.load(&path, "this model", decoder.ops()).unwrap(), "a note");
         assert_eq!(again.position(0), 100);
+        // Out of a slot and into another.
+        let (mut one, mut several) = (decoder.new_state(1).unwrap(), decoder.new_state(3).unwrap());
+        again.take(0, &mut one, decoder.ops()).unwrap();
+        several.put(2, &one, decoder.ops()).unwrap();
+        assert_eq!(generator.prefill(&mut several, 2, &[7, 8, 9]).unwrap(), expected);
         assert_eq!(generator.prefill(&mut again, 0, &[7, 8, 9]).unwrap(), expected);
         let error = again.load(&path, "another model", decoder.ops()).unwrap_err().to_string();
         assert!(error.ends_with("the state of another model, structure or adapter"), "{error}");

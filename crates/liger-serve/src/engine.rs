@@ -1,18 +1,21 @@
 //! The thread that owns the model: continuous batching over the slots of one state.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-use liger_model::{
-    Adapter, Decoder, Error, GenerateOptions, Generator, Result, State, StopStrings, TextStream, Tokenizer,
-};
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
+use liger_model::{Adapter, Chooser, Decoder, Error, GenerateOptions, Generator, Result, State, Tokenizer, choose};
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 
+use crate::metrics::Metrics;
+use crate::prefixes::Prefixes;
+use crate::running::Running;
 use crate::scores::{Asked, TokenScore};
 
 /// Tokens of a prompt that are read between two steps of the others: what they wait for at most.
-const CHUNK: usize = 256;
+pub(crate) const CHUNK: usize = 256;
+/// The longest that a request waits for a slot.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A text to write.
 pub(crate) struct Work {
@@ -22,6 +25,11 @@ pub(crate) struct Work {
     pub(crate) stop: Vec<String>,
     /// Log-probabilities, if they are asked for.
     pub(crate) scores: Option<Asked>,
+    /// What goes before the prompt; a text of its own without.
+    pub(crate) start: Option<Arc<State>>,
+    /// Whether the state in the end is sent back.
+    pub(crate) keeps: bool,
+    pub(crate) asked_at: Instant,
     /// A receiver that is gone ends the work.
     pub(crate) events: UnboundedSender<Event>,
 }
@@ -32,6 +40,11 @@ pub(crate) enum Event {
     Text(String),
     /// Of the next token of the prompt or of the answer, a token that ends it included.
     Score(TokenScore),
+    /// The state that has taken in prompt and answer, and the answer's tokens.
+    Kept {
+        state: Box<State>,
+        written: Vec<u32>,
+    },
     Done(Finish),
     Failed(Failure),
 }
@@ -41,6 +54,8 @@ pub(crate) enum Event {
 pub(crate) enum Failure {
     /// The request asks for what the model cannot do.
     Refused(String),
+    /// It waited for a slot too long.
+    Late,
     /// The device or the tokenizer failed.
     Broken(String),
 }
@@ -55,11 +70,12 @@ impl From<Error> for Failure {
     }
 }
 
-/// How a text ended, and the tokens written.
+/// How a text ended, the tokens written, and those of the prompt that were not read again.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Finish {
     pub(crate) at_limit: bool,
     pub(crate) tokens: usize,
+    pub(crate) cached: usize,
 }
 
 pub(crate) struct Engine {
@@ -67,185 +83,188 @@ pub(crate) struct Engine {
     pub(crate) adapter: Option<Adapter>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) state: State,
+    pub(crate) prefixes: Prefixes,
     pub(crate) queue: Receiver<Work>,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
-/// A text in a slot.
-struct Running<'a> {
-    work: Work,
-    /// Tokens of the prompt that the state has taken in.
-    read: usize,
-    /// Prompt and what was written.
-    seen: Vec<u32>,
-    written: usize,
-    rng: ChaCha8Rng,
+/// The slots and what works on them.
+struct Batch<'a> {
+    generator: Generator<'a>,
     tokenizer: &'a Tokenizer,
-    stream: TextStream<'a>,
-    stop: StopStrings,
-}
-
-impl<'a> Running<'a> {
-    fn new(work: Work, tokenizer: &'a Tokenizer) -> Self {
-        Self {
-            read: 0,
-            seen: work.prompt.clone(),
-            written: 0,
-            rng: ChaCha8Rng::seed_from_u64(work.options.seed),
-            tokenizer,
-            stream: TextStream::new(tokenizer, &work.prompt),
-            stop: StopStrings::new(&work.stop),
-            work,
-        }
-    }
-
-    fn is_read(&self) -> bool {
-        self.read == self.work.prompt.len()
-    }
-
-    /// Scores the prompt's tokens after `from`, given the logits `[., V]` of what comes after it and after those behind it.
-    fn score_prompt(&self, from: usize, logits: &[f32], vocabulary: usize, asked: Asked) -> Result<()> {
-        let Work { prompt, events, .. } = &self.work;
-        if from == 0 {
-            let _ = events.send(Event::Score(TokenScore::first(self.tokenizer, prompt[0])?));
-        }
-        for (row, id) in logits.chunks_exact(vocabulary).zip(&prompt[from + 1..]) {
-            let _ = events.send(Event::Score(TokenScore::of(self.tokenizer, row, *id, asked.top)?));
-        }
-        Ok(())
-    }
-
-    /// The next token of logits `[V]`; whether the text goes on.
-    fn take(&mut self, logits: &mut [f32]) -> Result<bool> {
-        let Work { options, events, scores, .. } = &self.work;
-        if options.max_tokens == 0 {
-            self.end(true);
-            return Ok(false);
-        }
-        let as_given = scores.map(|asked| (asked.top, logits.to_vec()));
-        let id = options.sampling.pick(logits, &self.seen, &mut self.rng);
-        if let Some((top, logits)) = as_given {
-            let _ = events.send(Event::Score(TokenScore::of(self.tokenizer, &logits, id, top)?));
-        }
-        if options.stop_ids.contains(&id) {
-            self.end(false);
-            return Ok(false);
-        }
-        self.seen.push(id);
-        self.written += 1;
-        let (piece, stopped) = self.stop.push(&self.stream.push(id)?);
-        let is_heard = events.send(Event::Text(piece)).is_ok();
-        if stopped || self.written == options.max_tokens {
-            self.end(!stopped);
-            return Ok(false);
-        }
-        Ok(is_heard)
-    }
-
-    fn end(&mut self, at_limit: bool) {
-        let rest = self.stop.finish();
-        let _ = self.work.events.send(Event::Text(rest));
-        let _ = self.work.events.send(Event::Done(Finish { at_limit, tokens: self.written }));
-    }
+    metrics: &'a Metrics,
+    state: State,
+    prefixes: Prefixes,
+    slots: Vec<Option<Running<'a>>>,
 }
 
 impl Engine {
     /// Works until nobody can send work any more.
     pub(crate) fn run(self) {
-        let Self { decoder, adapter, tokenizer, mut state, mut queue } = self;
+        let Self { decoder, adapter, tokenizer, state, prefixes, mut queue, metrics } = self;
         let generator = Generator { decoder: &decoder, adapter: adapter.as_ref() };
-        let mut slots: Vec<Option<Running<'_>>> = (0..state.slots()).map(|_| None).collect();
+        let slots = (0..state.slots()).map(|_| None).collect();
+        let mut batch = Batch { generator, tokenizer: &tokenizer, metrics: &metrics, state, prefixes, slots };
         let mut turn = 0;
         loop {
-            while let Some(slot) = slots.iter().position(Option::is_none) {
-                let is_idle = slots.iter().all(Option::is_none);
-                let Some(work) = (if is_idle { queue.blocking_recv() } else { queue.try_recv().ok() }) else {
-                    if is_idle {
-                        return;
-                    }
-                    break;
-                };
-                if work.events.is_closed() {
-                    continue;
+            while let Some(slot) = batch.slots.iter().position(Option::is_none) {
+                let is_idle = batch.slots.iter().all(Option::is_none);
+                if is_idle {
+                    metrics.slots_in_use.store(0, Ordering::Relaxed);
+                    metrics.waiting.store(0, Ordering::Relaxed);
                 }
-                match state.reset(slot, decoder.ops()) {
-                    Ok(()) => slots[slot] = Some(Running::new(work, &tokenizer)),
-                    Err(e) => drop(work.events.send(Event::Failed(e.into()))),
+                let work = if is_idle { queue.blocking_recv() } else { queue.try_recv().ok() };
+                match work {
+                    Some(work) => batch.admit(work, slot),
+                    None if is_idle => return,
+                    None => break,
                 }
             }
+            metrics.slots_in_use.store(batch.slots.iter().flatten().count() as u64, Ordering::Relaxed);
+            metrics.waiting.store(queue.len() as u64, Ordering::Relaxed);
             // One chunk of one prompt, in turns, so that a long one holds up nobody.
             turn += 1;
-            let reading = (0..slots.len()).map(|i| (turn + i) % slots.len());
-            let reading = reading.into_iter().find(|&slot| slots[slot].as_ref().is_some_and(|r| !r.is_read()));
-            if let Some(slot) = reading {
-                settle(&mut slots[slot], |running| read_chunk(running, &generator, &mut state, slot));
+            batch.read(turn);
+            batch.step();
+        }
+    }
+}
+
+impl<'a> Batch<'a> {
+    fn admit(&mut self, work: Work, slot: usize) {
+        if work.events.is_closed() {
+            return;
+        }
+        let mut running = Running::new(work, self.tokenizer, self.metrics);
+        if running.work.asked_at.elapsed() > PATIENCE {
+            return running.fail(Failure::Late);
+        }
+        match self.place(&mut running, slot) {
+            Ok(()) => self.slots[slot] = Some(running),
+            Err(e) => running.fail(e.into()),
+        }
+    }
+
+    /// Brings the slot's state to where reading begins.
+    fn place(&mut self, running: &mut Running<'a>, slot: usize) -> Result<()> {
+        let Work { prompt, start, scores, .. } = &running.work;
+        let ops = self.generator.decoder.ops();
+        Metrics::add(&self.metrics.prompt_tokens, prompt.len());
+        if let Some(start) = start {
+            return self.state.put(slot, start, ops);
+        }
+        // An echo has the log-probabilities of the whole prompt: all of it is read.
+        if scores.is_none_or(|asked| !asked.echo) {
+            running.marks = self.prefixes.marks(prompt);
+            if let Some(known) = self.prefixes.longest(prompt) {
+                self.state.put(slot, known, ops)?;
+                (running.read, running.cached) = (known.position(0), known.position(0));
+                Metrics::add(&self.metrics.cached_tokens, running.cached);
+                return Ok(());
             }
-            step(&mut slots, &generator, &mut state);
+        }
+        self.state.reset(slot, ops)
+    }
+
+    /// Does something with a text, and empties its slot if it ends, fails, or nobody waits for it.
+    fn settle(&mut self, slot: usize, act: impl FnOnce(&mut Self, &mut Running<'a>) -> Result<Option<Finish>>) {
+        let Some(mut running) = self.slots[slot].take() else { return };
+        if running.work.events.is_closed() {
+            return;
+        }
+        let ended = act(self, &mut running).and_then(|finish| {
+            let Some(finish) = finish else { return Ok(None) };
+            let state = if running.work.keeps { Some(self.final_state(slot, &running)?) } else { None };
+            Ok(Some((finish, state)))
+        });
+        match ended {
+            Ok(None) => self.slots[slot] = Some(running),
+            Ok(Some((finish, state))) => running.end(finish, state),
+            Err(e) => running.fail(e.into()),
         }
     }
-}
 
-/// Does something with a text, and empties its slot if it ends or fails.
-fn settle(slot: &mut Option<Running<'_>>, act: impl FnOnce(&mut Running<'_>) -> Result<bool>) {
-    let Some(running) = slot else { return };
-    match act(running) {
-        Ok(true) => {}
-        Ok(false) => *slot = None,
-        Err(e) => {
-            let _ = running.work.events.send(Event::Failed(e.into()));
-            *slot = None;
-        }
-    }
-}
-
-fn read_chunk(running: &mut Running<'_>, generator: &Generator<'_>, state: &mut State, slot: usize) -> Result<bool> {
-    if running.work.events.is_closed() {
-        return Ok(false);
-    }
-    let end = running.work.prompt.len().min(running.read + CHUNK);
-    let ids = &running.work.prompt[running.read..end];
-    let mut logits = match running.work.scores.filter(|asked| asked.echo) {
-        None => generator.prefill(state, slot, ids)?,
-        Some(asked) => {
-            let mut rows = generator.prefill_scoring(state, slot, ids)?;
-            let vocabulary = generator.decoder.config().vocab_size;
-            running.score_prompt(running.read, &rows, vocabulary, asked)?;
-            rows.split_off(rows.len() - vocabulary)
-        }
-    };
-    running.read = end;
-    if running.is_read() { running.take(&mut logits) } else { Ok(true) }
-}
-
-/// One token for every text that has been read.
-fn step(slots: &mut [Option<Running<'_>>], generator: &Generator<'_>, state: &mut State) {
-    // A model with softmax attention has a context, and a text at its end is over; the others go on.
-    let limit = generator.decoder.context_limit().unwrap_or(usize::MAX);
-    for (slot, place) in slots.iter_mut().enumerate() {
-        if state.position(slot) >= limit
-            && let Some(mut running) = place.take_if(|running| running.is_read())
+    /// The state with all of the answer: its last token is still to be taken in, unless a stop token came after it.
+    fn final_state(&mut self, slot: usize, running: &Running<'a>) -> Result<State> {
+        let decoder = self.generator.decoder;
+        let before = running.work.start.as_ref().map_or(0, |start| start.position(0));
+        let finish = running.finish(true);
+        if let Some(last) = running.last()
+            && self.state.position(slot) < before + running.work.prompt.len() + finish.tokens
         {
-            running.end(true);
+            self.generator.step(&mut self.state, &[(slot, last)])?;
         }
+        let mut one = decoder.new_state(1)?;
+        self.state.take(slot, &mut one, decoder.ops())?;
+        Ok(one)
     }
-    let last = |slot: &Option<Running<'_>>| slot.as_ref().filter(|r| r.is_read()).and_then(|r| r.seen.last().copied());
-    let tokens: Vec<(usize, u32)> = slots.iter().enumerate().filter_map(|(i, s)| Some((i, last(s)?))).collect();
-    if tokens.is_empty() {
-        return;
+
+    fn read(&mut self, turn: usize) {
+        let count = self.slots.len();
+        let mut order = (0..count).map(|i| (turn + i) % count);
+        let Some(slot) = order.find(|&slot| self.slots[slot].as_ref().is_some_and(|r| !r.is_read())) else { return };
+        self.settle(slot, |batch, running| batch.read_chunk(running, slot));
     }
-    let ops = generator.decoder.ops();
-    let logits = generator.step(state, &tokens).and_then(|logits| Ok(ops.download(logits)?));
-    match logits {
-        Ok(mut logits) => {
-            let rows = logits.chunks_mut(generator.decoder.config().vocab_size);
-            for (&(slot, _), row) in tokens.iter().zip(rows) {
-                settle(&mut slots[slot], |running| running.take(row));
+
+    fn read_chunk(&mut self, running: &mut Running<'a>, slot: usize) -> Result<Option<Finish>> {
+        let (generator, state) = (self.generator, &mut self.state);
+        // Chunks end at multiples, wherever reading began.
+        let end = running.work.prompt.len().min((running.read / CHUNK + 1) * CHUNK);
+        let ids = &running.work.prompt[running.read..end];
+        let logits = match running.work.scores.filter(|asked| asked.echo) {
+            None => generator.prefill(state, slot, ids)?,
+            Some(asked) => {
+                let mut rows = generator.prefill_scoring(state, slot, ids)?;
+                let vocabulary = generator.decoder.config().vocab_size;
+                running.score_prompt(running.read, &rows, vocabulary, asked)?;
+                rows.split_off(rows.len() - vocabulary)
+            }
+        };
+        running.read = end;
+        if running.marks.contains(&end) {
+            self.prefixes.keep(&running.work.prompt[..end], slot, state, generator.decoder)?;
+        }
+        if running.is_read() { running.begin(&logits) } else { Ok(None) }
+    }
+
+    /// One token for every text that has been read.
+    fn step(&mut self) {
+        let decoder = self.generator.decoder;
+        // A model with softmax attention has a context, and a text at its end is over; the others go on.
+        let limit = decoder.context_limit().unwrap_or(usize::MAX);
+        let is_written = |slot: &Option<Running<'_>>| slot.as_ref().is_some_and(Running::is_read);
+        for slot in 0..self.slots.len() {
+            if self.state.position(slot) >= limit && is_written(&self.slots[slot]) {
+                self.settle(slot, |_, running| Ok(Some(running.finish(true))));
             }
         }
-        Err(e) => {
-            let message = e.to_string();
-            for &(slot, _) in &tokens {
-                if let Some(running) = slots[slot].take() {
-                    let _ = running.work.events.send(Event::Failed(Failure::Broken(message.clone())));
+        let last = |slot: &Option<Running<'_>>| slot.as_ref().filter(|r| r.is_read()).and_then(Running::last);
+        let tokens: Vec<(usize, u32)> =
+            self.slots.iter().enumerate().filter_map(|(i, slot)| Some((i, last(slot)?))).collect();
+        if tokens.is_empty() {
+            return;
+        }
+        let texts = self.slots.iter_mut().flatten().filter(|r| r.is_read());
+        let mut choosers: Vec<Chooser<'_>> = texts.map(Running::chooser).collect();
+        let chosen = self
+            .generator
+            .step(&mut self.state, &tokens)
+            .and_then(|logits| choose(decoder.ops(), logits, &mut choosers));
+        drop(choosers);
+        match chosen {
+            Ok((ids, logits)) => {
+                let vocabulary = decoder.config().vocab_size;
+                for (i, (&(slot, _), id)) in tokens.iter().zip(ids).enumerate() {
+                    let row = logits.as_ref().map(|all| &all[i * vocabulary..(i + 1) * vocabulary]);
+                    self.settle(slot, |_, running| running.take(id, row));
+                }
+            }
+            Err(e) => {
+                let message = e.to_string();
+                for &(slot, _) in &tokens {
+                    if let Some(running) = self.slots[slot].take() {
+                        running.fail(Failure::Broken(message.clone()));
+                    }
                 }
             }
         }

@@ -50,12 +50,11 @@ impl TokenScore {
     }
 }
 
-/// The `logprobs` object of a choice.
-pub(crate) fn to_json(scores: &[TokenScore]) -> Value {
-    let mut offset = 0;
+/// The `logprobs` object of a completion's choice; `offset` is how many characters of the text came before.
+pub(crate) fn of_completion(scores: &[TokenScore], offset: &mut usize) -> Value {
     let offsets = scores.iter().map(|score| {
-        let at = offset;
-        offset += score.text.chars().count();
+        let at = *offset;
+        *offset += score.text.chars().count();
         at
     });
     let offsets: Vec<usize> = offsets.collect();
@@ -73,4 +72,16 @@ pub(crate) fn to_json(scores: &[TokenScore]) -> Value {
         "top_logprobs": top.collect::<Vec<_>>(),
         "text_offset": offsets,
     })
+}
+
+/// The `logprobs` object of a chat's choice.
+pub(crate) fn of_chat(scores: &[TokenScore], top: usize) -> Value {
+    let one = |text: &str, logprob: Option<f32>| json!({"token": text, "logprob": logprob, "bytes": text.as_bytes()});
+    let content = scores.iter().map(|score| {
+        let mut token = one(&score.text, score.logprob);
+        let likeliest = score.top.iter().take(top).map(|(text, logprob)| one(text, Some(*logprob)));
+        token["top_logprobs"] = likeliest.collect();
+        token
+    });
+    json!({"content": content.collect::<Vec<_>>(), "refusal": null})
 }

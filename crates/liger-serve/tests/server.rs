@@ -2,82 +2,15 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
+mod support;
+
+use std::io::Read;
 use std::time::{Duration, Instant};
 
-use liger_cpu::Cpu;
-use liger_model::{Decoder, GenerateOptions, Generator, LigerConfig, ModelConfig, RandomWeights, Sampling, Structure};
-use liger_model::{TextStream, Tokenizer, Weights};
-use liger_serve::{Limits, Served, serve};
-use liger_tensor::{DType, Ops};
+use liger_model::{GenerateOptions, Generator, Sampling, TextStream, Tokenizer};
+use liger_serve::Limits;
 use serde_json::{Value, json};
-
-fn decoder() -> Decoder {
-    let ops: Arc<dyn Ops> = Arc::new(Cpu::new());
-    let config = ModelConfig::shape("tiny").unwrap();
-    let weights = Weights::load(&RandomWeights::new(&config, 3), &config, &*ops, DType::F32).unwrap();
-    Decoder::new(ops, config, weights).with_attention(Some(LigerConfig::paper(Structure::Gsa)))
-}
-
-struct Server {
-    address: SocketAddr,
-    stop: Option<tokio::sync::oneshot::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Server {
-    fn start(limits: Limits) -> Self {
-        Self::with_model(decoder(), limits)
-    }
-
-    fn with_model(decoder: Decoder, limits: Limits) -> Self {
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let (tell, told) = std::sync::mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            let served = Served { name: "tiny".into(), decoder, adapter: None, tokenizer: Tokenizer::bytes() };
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-            runtime.block_on(async {
-                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-                tell.send(listener.local_addr().unwrap()).unwrap();
-                serve(served, limits, listener, async { drop(stopped.await) }).await.unwrap();
-            });
-        });
-        Self { address: told.recv().unwrap(), stop: Some(stop), thread: Some(thread) }
-    }
-
-    fn send(&self, method: &str, path: &str, headers: &str, body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(self.address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-        let length = body.len();
-        let text = format!(
-            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n{body}"
-        );
-        stream.write_all(text.as_bytes()).unwrap();
-        stream
-    }
-
-    /// Status, head and body.
-    fn ask(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String, String) {
-        let mut text = String::new();
-        self.send(method, path, headers, body).read_to_string(&mut text).unwrap();
-        let (head, body) = text.split_once("\r\n\r\n").unwrap();
-        (head[9..12].parse().unwrap(), head.to_lowercase(), body.to_owned())
-    }
-
-    fn complete(&self, request: &Value) -> (u16, Value) {
-        let (status, _, body) = self.ask("POST", "/v1/completions", "", &request.to_string());
-        (status, serde_json::from_str(&body).unwrap())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.stop.take().unwrap().send(());
-        let _ = self.thread.take().unwrap().join();
-    }
-}
+use support::{Server, decoder};
 
 /// What the model writes alone, greedily.
 fn alone(prompt: &str, max_tokens: usize) -> String {
@@ -170,6 +103,22 @@ fn streams_stops_and_seeds() {
     assert_eq!(streamed, text);
     assert!(chunks[chunks.len() - 1]["usage"]["completion_tokens"].as_u64().unwrap() <= 20);
 
+    // Several prompts and several answers to each, all at once; log-probabilities with the pieces.
+    let request =
+        json!({"prompt": ["begin", "other"], "n": 2, "max_tokens": 5, "temperature": 0, "stream": true, "logprobs": 1});
+    let (_, _, body) = server.ask("POST", "/v1/completions", "", &request.to_string());
+    let chunks = body.lines().filter_map(|line| serde_json::from_str::<Value>(line.strip_prefix("data: ")?).ok());
+    let (mut texts, mut scores, mut usages) = (vec![String::new(); 4], vec![0; 4], 0);
+    for chunk in chunks {
+        let choice = &chunk["choices"][0];
+        let index = choice["index"].as_u64().unwrap() as usize;
+        texts[index].push_str(choice["text"].as_str().unwrap());
+        scores[index] += choice["logprobs"]["tokens"].as_array().map_or(0, Vec::len);
+        usages += usize::from(!chunk["usage"].is_null());
+    }
+    assert_eq!(texts, [alone("begin", 5), alone("begin", 5), alone("other", 5), alone("other", 5)]);
+    assert_eq!((scores, usages), (vec![5; 4], 1));
+
     // A stop string in the middle ends the text before it.
     let stop: String = text.chars().skip(3).take(2).collect();
     let (_, answer) = server.complete(&json!({"prompt": "begin", "max_tokens": 20, "temperature": 0, "stop": stop}));
@@ -200,7 +149,10 @@ fn mistakes_are_said_in_openais_form() {
     refused("/v1/completions", "{\"prompt\": 5}", 400, "`prompt`: expected a text, a list of tokens");
     refused("/v1/completions", "{\"prompt\": \"a\", \"stop\": 5}", 400, "`stop`: expected a text or a list of texts");
     refused("/v1/completions", "{\"prompt\": [300]}", 400, "300");
-    refused("/v1/completions", "{\"prompt\": \"a\", \"n\": 2}", 400, "`n` is not supported");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"n\": 0}", 400, "`n`: expected a number from 1 to 128");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"n\": 2, \"best_of\": 3}", 400, "`best_of` is not supported");
+    refused("/v1/completions", "{\"prompt\": \"a\", \"keep_state\": true}", 400, "keeps no states");
+    refused("/tokenize", "{}", 400, "either `prompt` or `messages`");
     refused(
         "/v1/completions",
         "{\"prompt\": \"a\", \"logprobs\": 21}",
@@ -209,16 +161,16 @@ fn mistakes_are_said_in_openais_form() {
     );
     refused(
         "/v1/completions",
-        "{\"prompt\": \"a\", \"logprobs\": 1, \"stream\": true}",
+        "{\"prompt\": \"a\", \"echo\": true, \"stream\": true}",
         400,
-        "does not go with `stream`",
+        "`echo` does not go with `stream`",
     );
     refused("/v1/completions", "{\"prompt\": [[1], []]}", 400, "the prompt is empty");
     refused("/v1/completions", "{\"prompt\": \"a\", \"max_tokens\": 0}", 400, "`max_tokens`: found 0");
     refused("/v1/chat/completions", "{\"messages\": [], \"logprobs\": true}", 400, "no chat template");
     refused("/v1/completions", "{\"prompt\": \"a\", \"temperature\": -1}", 400, "`temperature`: found -1");
     refused("/v1/completions", "{\"prompt\": \"a\", \"model\": \"gpt\"}", 404, "`tiny` is");
-    refused("/v1/completions", &"x".repeat(3000), 413, "too long");
+    refused("/v1/completions", &"x".repeat(3000), 413, "longer than 2000 bytes");
     refused(
         "/v1/chat/completions",
         "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}",

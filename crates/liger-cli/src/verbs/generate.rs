@@ -84,7 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
     let rest = stop.finish();
     text.push_str(&rest);
     if let Some(path) = &args.save_state {
-        state.save(path, &fingerprint, decoder.ops())?;
+        state.save(path, &fingerprint, "", decoder.ops())?;
     }
     let (total, first) = (start.elapsed().as_secs_f64(), first.unwrap_or_default().as_secs_f64());
     if args.json {

@@ -24,6 +24,15 @@ pub struct Args {
     /// Texts that are written side by side; their memory is taken at the start
     #[arg(long, default_value_t = 8)]
     slots: usize,
+    /// GiB for states, in the place of --slots: as many as fit beside the prefixes
+    #[arg(long, value_name = "GIB", conflicts_with = "slots")]
+    memory: Option<f64>,
+    /// States of prompts' beginnings at hand, such as of a system prompt; their memory is taken at the start too
+    #[arg(long, default_value_t = 8)]
+    prefixes: usize,
+    /// Folder for the states that clients keep (`keep_state`, `/v1/states`); they outlive the server
+    #[arg(long, value_name = "FOLDER")]
+    states: Option<PathBuf>,
     /// Requests that wait for a slot; more are told to come again
     #[arg(long, default_value_t = 64)]
     queue: usize,
@@ -52,19 +61,44 @@ pub fn run(args: &Args) -> Result<()> {
     let Loaded { checkpoint, decoder, adapter } = Loaded::open(&args.model, args.adapter.as_deref(), &args.device)?;
     let name = args.model.file_name().unwrap_or(args.model.as_os_str()).to_string_lossy().into_owned();
     let (limit, device) = (decoder.context_limit(), decoder.ops().describe());
+    if limit.is_some() && (args.memory.is_some() || args.states.is_some()) {
+        bail!("--memory and --states need a model whose state does not grow: convert it first (`liger linearize`)");
+    }
     let bytes = decoder.new_state(1)?.bytes();
-    let served = Served { name: name.clone(), decoder, adapter, tokenizer: checkpoint.tokenizer };
-    let limits = Limits { slots: args.slots, queue: args.queue, api_key: args.api_key.clone(), ..Limits::default() };
+    let slots = match args.memory {
+        None => args.slots,
+        Some(gibibytes) => {
+            let fit = (gibibytes * f64::from(1u32 << 30) / bytes as f64) as usize;
+            fit.checked_sub(args.prefixes).filter(|&slots| slots > 0).with_context(|| {
+                let least = (args.prefixes + 1) * bytes;
+                format!("--memory {gibibytes}: one slot and {} prefixes take {}", args.prefixes, mebibytes(least))
+            })?
+        }
+    };
+    let fingerprint = checkpoint.fingerprint()?;
+    let served = Served { name: name.clone(), fingerprint, decoder, adapter, tokenizer: checkpoint.tokenizer };
+    let limits = Limits {
+        slots,
+        prefixes: args.prefixes,
+        queue: args.queue,
+        api_key: args.api_key.clone(),
+        states: args.states.clone(),
+        ..Limits::default()
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let at = (args.host, args.port);
         let listener = tokio::net::TcpListener::bind(at).await.with_context(|| format!("{}:{}", at.0, at.1))?;
         let memory = match limit {
             Some(tokens) => format!("a state that grows, up to {tokens} tokens"),
-            None => format!("{} of {} whatever their length", args.slots, mebibytes(bytes)),
+            None => {
+                let prefixes = args.prefixes;
+                format!("{slots} and {prefixes} for prefixes of {} each, whatever their length", mebibytes(bytes))
+            }
         };
         eprintln!("{name} on {device}; states: {memory}");
-        eprintln!("listening on http://{}/v1; Ctrl-C stops", listener.local_addr()?);
+        let address = listener.local_addr()?;
+        eprintln!("listening on http://{address}/v1, a page to try it on http://{address}; Ctrl-C stops");
         Ok(liger_serve::serve(served, limits, listener, stopped()).await?)
     })
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
@@ -60,10 +61,22 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Refused`] with the template's own complaint.
     pub fn render(&self, messages: &[Message], answer_next: bool) -> Result<String> {
-        let messages: Vec<Value> =
-            messages.iter().map(|m| context! { role => m.role.as_str(), content => m.content.as_str() }).collect();
+        self.render_with_tools(messages, None::<()>, answer_next)
+    }
+
+    /// The same of turns in OpenAI's form, whatever their fields, with what the template is told of tools.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_with_tools(
+        &self,
+        messages: impl Serialize,
+        tools: Option<impl Serialize>,
+        answer_next: bool,
+    ) -> Result<String> {
         let values = context! {
-            messages => messages, add_generation_prompt => answer_next,
+            messages => Value::from(Serde(messages)), tools => tools.map(|tools| Value::from(Serde(tools))),
+            add_generation_prompt => answer_next,
             bos_token => self.bos_token.as_str(), eos_token => self.eos_token.as_str(),
         };
         let template = self.environment.get_template("chat");
