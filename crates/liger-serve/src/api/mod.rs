@@ -69,10 +69,10 @@ pub(crate) fn router(app: App, body: usize) -> Router {
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
         .route("/tokenize", post(tokenize))
-        .route("/metrics", get(metrics))
         .route("/status", get(status))
         .merge(kept)
         .layer(middleware::from_fn_with_state(app.clone(), check_key))
+        .route("/metrics", get(metrics))
         .route("/health", get(async || Json(json!({"status": "ok"}))))
         .route("/openapi.json", get(async || Json(openapi::document())))
         .route("/", get(page))
@@ -172,7 +172,8 @@ async fn status(State(app): State<Arc<App>>) -> Json<Value> {
     let [slots, used, waiting, bytes, written] =
         [&m.slots, &m.slots_in_use, &m.waiting, &m.state_bytes, &m.written_tokens].map(|c| c.load(Ordering::Relaxed));
     Json(json!({"model": app.name, "slots": slots, "slots_in_use": used, "waiting": waiting, "state_bytes": bytes,
-        "written_tokens": written, "tokens_per_second": m.tokens_per_second(), "keeps_states": app.states.is_some()}))
+        "written_tokens": written, "tokens_per_second": m.tokens_per_second(), "keeps_states": app.states.is_some(),
+        "grows": app.decoder.context_limit().is_some()}))
 }
 
 #[derive(Deserialize)]
