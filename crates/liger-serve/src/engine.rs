@@ -244,11 +244,21 @@ impl<'a> Batch<'a> {
         if tokens.is_empty() {
             return;
         }
-        let texts = self.slots.iter_mut().flatten().filter(|r| r.is_read());
-        let mut choosers: Vec<Chooser<'_>> = texts.map(Running::chooser).collect();
+        // Equal groups of as many as the device has whole steps for.
+        let most = decoder.ops().steps().map_or(tokens.len(), |steps| steps.most_texts());
+        let groups = tokens.len().div_ceil(most);
+        for group in tokens.chunks(tokens.len().div_ceil(groups)) {
+            self.step_group(group);
+        }
+    }
+
+    fn step_group(&mut self, tokens: &[(usize, u32)]) {
+        let decoder = self.generator.decoder;
+        let texts = self.slots.iter_mut().enumerate().filter(|(i, _)| tokens.iter().any(|(slot, _)| slot == i));
+        let mut choosers: Vec<Chooser<'_>> = texts.filter_map(|(_, text)| Some(text.as_mut()?.chooser())).collect();
         let chosen = self
             .generator
-            .step(&mut self.state, &tokens)
+            .step(&mut self.state, tokens)
             .and_then(|logits| choose(decoder.ops(), logits, &mut choosers));
         drop(choosers);
         match chosen {
@@ -261,7 +271,7 @@ impl<'a> Batch<'a> {
             }
             Err(e) => {
                 let message = e.to_string();
-                for &(slot, _) in &tokens {
+                for &(slot, _) in tokens {
                     if let Some(running) = self.slots[slot].take() {
                         running.fail(Failure::Broken(message.clone()));
                     }
