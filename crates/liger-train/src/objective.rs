@@ -134,14 +134,15 @@ impl Models<'_> {
     }
 
     /// Mean loss over the rows.
-    pub(crate) fn evaluate(&self, rows: &[Row], adapter: &Adapter) -> Result<f64> {
+    pub(crate) fn evaluate(&self, rows: &[Row], at_once: usize, adapter: &Adapter) -> Result<f64> {
         let (mut total, mut count) = (0.0, 0usize);
-        for row in rows {
-            let batch = Batch::of(&[row]);
+        for rows in rows.chunks(at_once) {
+            let rows: Vec<&Row> = rows.iter().collect();
+            let batch = Batch::of(&rows);
             let teacher_hidden = self.teacher_hidden(&batch)?;
             let hidden = self.student.forward(&batch.ids, &batch.sequences, None, Some(adapter))?;
             total += self.losses(&batch, &hidden, teacher_hidden.as_ref(), None)?;
-            count += counted(&[row]);
+            count += counted(&rows);
         }
         Ok(total / count.max(1) as f64)
     }

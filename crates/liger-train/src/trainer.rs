@@ -15,6 +15,9 @@ use crate::objective::{Models, counted};
 use crate::optimizer::Optimizer;
 use crate::recipe::Recipe;
 
+/// Tokens of the validation documents that are looked at: more would take a third of a long run and choose no better.
+const VALIDATION_TOKENS: usize = 1 << 16;
+
 /// A tuning run in a folder.
 pub struct Trainer {
     student: Decoder,
@@ -104,7 +107,8 @@ impl Trainer {
             }
         };
         let gradients = adapter.zeros_like(&config, ops)?;
-        let validation = pack(&validation.iter().collect::<Vec<_>>(), &recipe.data);
+        let mut validation = pack(&validation.iter().collect::<Vec<_>>(), &recipe.data);
+        validation.truncate((VALIDATION_TOKENS / recipe.data.length).max(1));
         let mut trainer = Self {
             student,
             teacher,
@@ -239,7 +243,7 @@ impl Trainer {
         let validates = (every > 0 && step.is_multiple_of(every)) || step == steps;
         let mut validation_loss = None;
         if validates && !self.validation.is_empty() {
-            let loss = models.evaluate(&self.validation, &self.adapter)?;
+            let loss = models.evaluate(&self.validation, self.recipe.train.micro_batch, &self.adapter)?;
             validation_loss = Some(loss);
             if self.progress.best.is_none_or(|(best, _)| loss < best) {
                 self.progress.best = Some((loss, step));
