@@ -11,8 +11,9 @@ use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use super::App;
 use super::states::{Kept, keep};
-use super::{App, Kind};
+use super::texts::Kind;
 use crate::engine::{Event, Failure, Finish};
 use crate::error::Refusal;
 use crate::scores::{self, Asked, TokenScore};

@@ -7,7 +7,7 @@ use liger_model::{GenerateOptions, Sampling};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::Kind;
+use super::texts::Kind;
 use crate::error::Refusal;
 use crate::scores::Asked;
 
