@@ -50,12 +50,12 @@ __device__ __forceinline__ void turn_keys(T* keys, int ld, int count, const floa
 }
 
 // Threads that share a key, and the pairs of it that each has.
-#define SHARES 8
-#define PAIRS ((HALF + SHARES - 1) / SHARES)
+#define KEY_SHARES 8
+#define KEY_PAIRS ((HALF + KEY_SHARES - 1) / KEY_SHARES)
 
 __device__ __forceinline__ float sum_of_shares(float x) {
 #pragma unroll
-    for (int offset = SHARES / 2; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    for (int offset = KEY_SHARES / 2; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
 }
 
@@ -64,14 +64,14 @@ __device__ __forceinline__ float sum_of_shares(float x) {
 template <class KeyOf, class TurnOf>
 __device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, TurnOf turn_of, const float* means, int group,
                                         float scale, const float* frequencies) {
-    int share = threadIdx.x % SHARES, begin = share * PAIRS;
-    for (int base = 0; base < count; base += blockDim.x / SHARES) {
-        int e = base + threadIdx.x / SHARES;
+    int share = threadIdx.x % KEY_SHARES, begin = share * KEY_PAIRS;
+    for (int base = 0; base < count; base += blockDim.x / KEY_SHARES) {
+        int e = base + threadIdx.x / KEY_SHARES;
         const act* key = e < count ? key_of(e) : nullptr;
-        float x[PAIRS], y[PAIRS];
-        if constexpr (PAIRS % 4 == 0 && HALF % SHARES == 0) {
+        float x[KEY_PAIRS], y[KEY_PAIRS];
+        if constexpr (KEY_PAIRS % 4 == 0 && HALF % KEY_SHARES == 0) {
 #pragma unroll
-            for (int i = 0; i < PAIRS; i += 4) {
+            for (int i = 0; i < KEY_PAIRS; i += 4) {
                 float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 float4 a = key != nullptr ? load4(key + begin + i) : none, b = key != nullptr ? load4(key + HALF + begin + i) : none;
                 x[i] = a.x, x[i + 1] = a.y, x[i + 2] = a.z, x[i + 3] = a.w;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, T
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
+            for (int i = 0; i < KEY_PAIRS; i++) {
                 bool there = key != nullptr && begin + i < HALF;
                 x[i] = there ? to_float(key[begin + i]) : 0.0f, y[i] = there ? to_float(key[HALF + begin + i]) : 0.0f;
             }
@@ -87,7 +87,7 @@ __device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, T
         int turn = key != nullptr ? turn_of(e) : 0;
         if (turn > 0) {
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
+            for (int i = 0; i < KEY_PAIRS; i++) {
                 if (begin + i < HALF) turn_pair(x[i], y[i], turn, frequencies, begin + i);
             }
         }
@@ -96,8 +96,8 @@ __device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, T
             const float* mean = means + g * DIM + begin;
             float dot = 0.0f;
 #pragma unroll
-            for (int i = 0; i < PAIRS; i++) {
-                if (HALF % SHARES == 0 || begin + i < HALF) dot += x[i] * mean[i] + y[i] * mean[HALF + i];
+            for (int i = 0; i < KEY_PAIRS; i++) {
+                if (HALF % KEY_SHARES == 0 || begin + i < HALF) dot += x[i] * mean[i] + y[i] * mean[HALF + i];
             }
             dot = sum_of_shares(dot) * scale;
             float top = fmaxf(best, dot);
@@ -111,12 +111,12 @@ __device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, T
 // the first one, then the new in their order. By the whole block.
 __device__ __forceinline__ void find_largest(int* stays, const float* values, int slots, int count, int most) {
     auto place = [&](int i) { return i < slots ? slots - 1 - i : i; };
-    int share = threadIdx.x % SHARES, all = slots + count;
-    for (int base = 0; base < all; base += blockDim.x / SHARES) {
-        int e = base + threadIdx.x / SHARES;
+    int share = threadIdx.x % KEY_SHARES, all = slots + count;
+    for (int base = 0; base < all; base += blockDim.x / KEY_SHARES) {
+        int e = base + threadIdx.x / KEY_SHARES;
         float own = values[min(e, all - 1)], better = 0.0f;
         int own_place = place(e);
-        for (int i = share; i < all; i += SHARES) {
+        for (int i = share; i < all; i += KEY_SHARES) {
             float value = values[i];
             better += value > own || (value == own && place(i) < own_place) ? 1.0f : 0.0f;
         }

@@ -31,7 +31,7 @@ pub(crate) struct Angles {
     /// Sines `[N, D/2]`.
     pub(crate) sin: Tensor,
     /// See [`Decoder::revolutions`].
-    pub(crate) frequencies: Tensor,
+    pub(crate) frequencies: Arc<Tensor>,
 }
 
 /// What a training forward keeps for the backward.
@@ -137,7 +137,12 @@ impl Decoder {
             }
         }
         let upload = |values| self.ops.upload(values, &shape, DType::F32);
-        let (cos, sin, frequencies) = (upload(cos)?, upload(sin)?, self.revolutions()?);
+        // The same for all rows: uploaded once.
+        let frequencies = match last.as_ref() {
+            Some(angles) => angles.frequencies.clone(),
+            None => Arc::new(self.revolutions()?),
+        };
+        let (cos, sin) = (upload(cos)?, upload(sin)?);
         let angles = Arc::new(Angles { sequences: sequences.clone(), cos, sin, frequencies });
         *last = Some(angles.clone());
         Ok(angles)

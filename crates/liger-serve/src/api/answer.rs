@@ -96,7 +96,7 @@ pub(super) async fn whole(head: Head, texts: Vec<Coming>) -> Result<Response, Re
                 Some(Event::Text(piece)) => text.push_str(&piece),
                 Some(Event::Score(score)) => scores.push(score),
                 Some(Event::Kept { state, written }) => {
-                    saved = Some(keep(&head.app, head.kept.as_ref(), *state, &written).await);
+                    saved = Some(keep(&head.app, head.kept.as_ref(), *state, &written).await.map(|(id, _)| id));
                 }
                 Some(Event::Done(finish)) => break finish,
                 Some(Event::Failed(failure)) => return Err(refusal(failure)),
@@ -167,7 +167,7 @@ impl Streaming {
                 (vec![head.object(&[head.choice(index, &piece, None, logprobs, true)], None, true)], false)
             }
             Some(Event::Kept { state, written }) => {
-                *saved = Some(keep(&head.app, head.kept.as_ref(), *state, &written).await);
+                *saved = Some(keep(&head.app, head.kept.as_ref(), *state, &written).await.map(|(id, _)| id));
                 (Vec::new(), false)
             }
             Some(Event::Done(finish)) => {

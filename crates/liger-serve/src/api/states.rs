@@ -46,13 +46,13 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, Refusal> + Se
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(lost()))
 }
 
-/// Saves the state of a text that is over; its id.
+/// Saves the state of a text that is over; its id, and what is remembered of it.
 pub(super) async fn keep(
     app: &Arc<App>,
     kept: Option<&Kept>,
     state: TextState,
     written: &[u32],
-) -> Result<String, Refusal> {
+) -> Result<(String, About), Refusal> {
     let (states, Some(kept)) = (store(app)?.clone(), kept) else { return Err(unknown()) };
     let broken = |_| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the answer is no text");
     let answer = app.tokenizer.decode(written, false).map_err(broken)?;
@@ -64,7 +64,8 @@ pub(super) async fn keep(
     let about = About { messages, text, tokens: kept.tokens + written.len(), created: super::now() };
     let decoder = app.decoder.clone();
     aside(move || {
-        states.save(&state, &about, &decoder).map_err(|e| {
+        let saved = states.save(&state, &about, &decoder);
+        saved.map(|id| (id, about)).map_err(|e| {
             super::log("error", &json!({"message": "a state could not be saved", "reason": e.to_string()}));
             Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "the state could not be saved")
         })
@@ -101,8 +102,12 @@ pub(super) async fn list(State(app): State<Arc<App>>) -> Result<Json<Value>, Ref
 
 pub(super) async fn show(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, Refusal> {
     let (_, about) = load(&app, &id).await?;
-    let bytes = std::fs::metadata(path_of(&app, &id)?).map_or(0, |data| data.len());
-    Ok(Json(described(&id, &about, bytes)))
+    describe(&app, &id, &about).map(Json)
+}
+
+pub(super) fn describe(app: &App, id: &str, about: &About) -> Result<Value, Refusal> {
+    let bytes = std::fs::metadata(path_of(app, id)?).map_or(0, |data| data.len());
+    Ok(described(id, about, bytes))
 }
 
 /// The file.

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use liger_model::{GenerateOptions, Message, Sampling};
@@ -68,7 +68,7 @@ pub(super) async fn completions(
 ) -> Result<Response, Refusal> {
     let CompletionRequest { prompt, common } = parse(body)?;
     common.check(&app.name, Kind::Completion)?;
-    let start = Start::of(&app, &common).await?;
+    let start = Start::asked_for(&app, &common).await?;
     let encode = |text: &String| encode(&app, text, start.is_none());
     let prompts = match prompt {
         Prompt::Text(text) => vec![encode(&text)?],
@@ -76,8 +76,7 @@ pub(super) async fn completions(
         Prompt::Texts(texts) => texts.iter().map(encode).collect::<Result<_, _>>()?,
         Prompt::IdLists(lists) => lists,
     };
-    let before = start.as_ref().map_or(String::new(), |start| start.about.text.clone());
-    write_texts(&app, prompts, &common, Kind::Completion, start, Said { before, messages: Vec::new() }).await
+    write_texts(&app, prompts, &common, Kind::Completion, start, Vec::new()).await
 }
 
 pub(super) async fn chat(
@@ -86,12 +85,11 @@ pub(super) async fn chat(
 ) -> Result<Response, Refusal> {
     let ChatRequest { messages, tools, common } = parse(body)?;
     common.check(&app.name, Kind::Chat)?;
-    let start = Start::of(&app, &common).await?;
+    let start = Start::asked_for(&app, &common).await?;
     let tools = tools.filter(|tools| common.shows_tools() && !tools.is_empty());
     let (text, messages) = conversation(&app, start.as_ref(), messages, tools.as_deref(), true)?;
     let prompt = encode(&app, &text, false)?;
-    let before = start.as_ref().map_or(String::new(), |start| start.about.text.clone());
-    write_texts(&app, vec![prompt], &common, Kind::Chat, start, Said { before, messages }).await
+    write_texts(&app, vec![prompt], &common, Kind::Chat, start, messages).await
 }
 
 /// What the state has not taken in yet of a conversation, and all of its turns: those of the state, and the new ones.
@@ -131,20 +129,24 @@ struct Start {
 }
 
 impl Start {
-    async fn of(app: &Arc<App>, common: &Common) -> Result<Option<Self>, Refusal> {
-        if common.keep_state {
-            states::store(app)?;
-        }
-        let Some(id) = &common.state_id else { return Ok(None) };
+    async fn load(app: &Arc<App>, id: Option<&String>) -> Result<Option<Self>, Refusal> {
+        let Some(id) = id else { return Ok(None) };
         let (state, about) = states::load(app, id).await?;
         Ok(Some(Self { state, about }))
     }
+
+    async fn asked_for(app: &Arc<App>, common: &Common) -> Result<Option<Self>, Refusal> {
+        if common.keep_state {
+            states::store(app)?;
+        }
+        Self::load(app, common.state_id.as_ref()).await
+    }
 }
 
-/// What was said before a prompt: the text that its state has taken in, and the turns up to the answer.
-struct Said {
-    before: String,
-    messages: Vec<Message>,
+/// What is known of a text when `text` of `tokens` has come after the start.
+fn known(start: Option<&Start>, text: &str, tokens: usize, messages: Vec<Message>, is_chat: bool) -> Kept {
+    let (before, earlier) = start.map_or(("", 0), |start| (&start.about.text, start.about.tokens));
+    Kept { text: before.to_owned() + text, tokens: earlier + tokens, messages, is_chat }
 }
 
 fn hand_over(app: &App, work: Work) -> Result<(), Refusal> {
@@ -164,7 +166,7 @@ async fn write_texts(
     common: &Common,
     kind: Kind,
     start: Option<Start>,
-    said: Said,
+    messages: Vec<Message>,
 ) -> Result<Response, Refusal> {
     let options = common.options(&app.stop_ids, if kind == Kind::Chat { 1024 } else { 16 })?;
     let scores = common.scores(kind)?;
@@ -177,12 +179,10 @@ async fn write_texts(
     let prompt_tokens = prompts.iter().map(Vec::len).sum();
     let broken = |e: liger_model::Error| Refusal::invalid(Some("prompt"), e.to_string());
     let kept = match (common.keep_state, prompts.first()) {
-        (true, Some(prompt)) => Some(Kept {
-            text: said.before + &app.tokenizer.decode(prompt, false).map_err(broken)?,
-            tokens: prompt.len() + start.as_ref().map_or(0, |start| start.about.tokens),
-            messages: said.messages,
-            is_chat: kind == Kind::Chat,
-        }),
+        (true, Some(prompt)) => {
+            let text = app.tokenizer.decode(prompt, false).map_err(broken)?;
+            Some(known(start.as_ref(), &text, prompt.len(), messages, kind == Kind::Chat))
+        }
         _ => None,
     };
     let mut texts = Vec::with_capacity(prompts.len() * common.answers());
@@ -232,14 +232,7 @@ pub(super) async fn create_state(
     }
     let request: StateRequest = parse(body)?;
     states::store(&app)?;
-    let start = match &request.state_id {
-        Some(id) => {
-            let (state, about) = states::load(&app, id).await?;
-            Some(Start { state, about })
-        }
-        None => None,
-    };
-    let before = start.as_ref().map_or(String::new(), |start| start.about.text.clone());
+    let start = Start::load(&app, request.state_id.as_ref()).await?;
     let (text, messages, begins) = match (request.prompt, request.messages) {
         (Some(text), None) => (text, Vec::new(), start.is_none()),
         (None, Some(messages)) => {
@@ -252,7 +245,7 @@ pub(super) async fn create_state(
     if prompt.is_empty() {
         return Err(Refusal::invalid(Some("prompt"), "the prompt is empty"));
     }
-    let tokens = prompt.len() + start.as_ref().map_or(0, |start| start.about.tokens);
+    let kept = known(start.as_ref(), &text, prompt.len(), messages, false);
     let (sender, mut events) = unbounded_channel();
     let options = GenerateOptions { max_tokens: 0, sampling: Sampling::default(), seed: 0, stop_ids: Vec::new() };
     let start = start.map(|start| start.state);
@@ -261,12 +254,11 @@ pub(super) async fn create_state(
         &app,
         Work { prompt, options, stop: Vec::new(), scores: None, start, keeps: true, asked_at, events: sender },
     )?;
-    let kept = Kept { messages, text: before + &text, tokens, is_chat: false };
     while let Some(event) = events.recv().await {
         match event {
             Event::Kept { state, written } => {
-                let id = states::keep(&app, Some(&kept), *state, &written).await?;
-                return states::show(State(app), Path(id)).await;
+                let (id, about) = states::keep(&app, Some(&kept), *state, &written).await?;
+                return states::describe(&app, &id, &about).map(Json);
             }
             Event::Failed(failure) => return Err(answer::refusal(failure)),
             _ => {}
