@@ -31,8 +31,8 @@ config = LlamaConfig(
 )
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.bfloat16).cuda().eval()
-for batch in options.batches:
-    for cache in ("dynamic", "static"):
+for cache in ("dynamic", "static"):
+    for batch in options.batches:
         ids = torch.randint(1, 49152, (batch, options.prompt), device="cuda")
         settings = {"do_sample": False, "min_new_tokens": options.tokens, "max_new_tokens": options.tokens, "cache_implementation": cache}
         try:

@@ -16,15 +16,40 @@ pub struct DeviceArgs {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Element type of the weights in memory
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Precision,
+    /// Element type of the weights in memory; q8_0 and q4_1 only on the CPU [default: f32; where nothing is tuned, quantised
+    /// files stay as they are on the CPU]
+    #[arg(long, value_enum)]
+    pub dtype: Option<WeightType>,
     /// Threads of the CPU [default: all cores]
     #[arg(long)]
     pub threads: Option<usize>,
 }
 
-/// Element type of weights.
+/// Element type of weights in memory.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightType {
+    F32,
+    Bf16,
+    /// 8 bits, in blocks of 32.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4 bits, in blocks of 32.
+    #[value(name = "q4_1")]
+    Q4_1,
+}
+
+impl From<WeightType> for DType {
+    fn from(weights: WeightType) -> Self {
+        match weights {
+            WeightType::F32 => Self::F32,
+            WeightType::Bf16 => Self::Bf16,
+            WeightType::Q8_0 => Self::Q8_0,
+            WeightType::Q4_1 => Self::Q4_1,
+        }
+    }
+}
+
+/// Element type of weights on disk.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Precision {
     F32,
@@ -41,6 +66,16 @@ impl From<Precision> for DType {
 }
 
 impl DeviceArgs {
+    /// The CPU.
+    pub fn cpu() -> Self {
+        Self { device: "cpu".into(), dtype: None, threads: None }
+    }
+
+    /// Element type of the weights where nothing else was asked for.
+    pub fn dtype(&self) -> DType {
+        self.dtype.map_or(DType::F32, DType::from)
+    }
+
     /// The device.
     pub fn open(&self) -> Result<Arc<dyn Ops>> {
         if let Some(threads) = self.threads {
@@ -56,7 +91,11 @@ impl DeviceArgs {
         };
         match (device, number) {
             ("cpu", _) => Ok(Arc::new(liger_cpu::Cpu::new())),
-            (_, Some(number)) => match liger_cuda::Cuda::open(number, self.dtype.into()) {
+            (_, Some(_)) if self.dtype().is_quantized() && device != "auto" => {
+                bail!("--dtype: quantised weights are for the CPU; use bf16 on a GPU, or --device cpu")
+            }
+            (_, Some(_)) if self.dtype().is_quantized() => Ok(Arc::new(liger_cpu::Cpu::new())),
+            (_, Some(number)) => match liger_cuda::Cuda::open(number, self.dtype()) {
                 Ok(gpu) => Ok(Arc::new(gpu)),
                 Err(why) if device == "auto" => {
                     // Without an NVIDIA card nobody waits for one.
@@ -108,7 +147,7 @@ impl Loaded {
     }
 
     pub fn load(checkpoint: Checkpoint, adapter: Option<&Path>, device: &DeviceArgs) -> Result<Self> {
-        Self::load_on(device.open()?, checkpoint, adapter, device.dtype)
+        Self::load_on(device.open()?, checkpoint, adapter, device)
     }
 
     /// The same on a device that is open already.
@@ -116,9 +155,11 @@ impl Loaded {
         ops: Arc<dyn Ops>,
         checkpoint: Checkpoint,
         adapter: Option<&Path>,
-        precision: Precision,
+        device: &DeviceArgs,
     ) -> Result<Self> {
-        let decoder = checkpoint.load(ops, precision.into())?;
+        let as_stored = device.dtype.is_none() && checkpoint.is_quantized && ops.takes_blocks();
+        let dtype = if as_stored { None } else { Some(device.dtype()) };
+        let decoder = checkpoint.load(ops, dtype)?;
         let adapter = match adapter {
             Some(folder) => Some(load_adapter(folder, decoder.config(), decoder.ops())?),
             None => None,

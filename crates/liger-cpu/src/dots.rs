@@ -5,9 +5,8 @@
 
 use half::bf16;
 use pulp::{Simd, WithSimd};
-use rayon::prelude::*;
 
-use crate::parallel::{Disjoint, vectorized};
+use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
 /// Weight rows of a tile.
 const COLUMNS: usize = 4;
@@ -49,11 +48,10 @@ pub(crate) fn product<W: Weight>(
 ) {
     assert!(c.len() == m * n && x.len() == m * k && w.len() == n * k, "dot products {m} x {k} x {n}");
     let c = Disjoint::new(c);
-    let threads = rayon::current_num_threads();
     // Enough pieces to share evenly, each of enough work to be worth handing over.
     let smallest = (1usize << 16).div_ceil(m * k.max(1)).next_multiple_of(COLUMNS);
-    let piece = n.div_ceil(4 * threads).next_multiple_of(COLUMNS).max(smallest);
-    (0..n.div_ceil(piece)).into_par_iter().with_max_len(1).for_each(|i| {
+    let piece = n.div_ceil(4 * threads()).next_multiple_of(COLUMNS).max(smallest);
+    for_tasks(n.div_ceil(piece), |i| {
         let columns = i * piece..n.min((i + 1) * piece);
         pulp::Arch::new().dispatch(Piece { c: &c, x, w, columns, m, n, k, scale, accumulate });
     });

@@ -3,6 +3,7 @@
 use liger_tensor::checks::{self, same_length, whole_rows};
 use liger_tensor::{Result, Storage, Tensor};
 
+use crate::gemm::quantized_of;
 use crate::math::{dot, exp, sigmoid, softmax};
 use crate::parallel::{for_rows, vectorized};
 
@@ -146,7 +147,7 @@ pub(crate) fn embedding(out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result
         match table.storage() {
             Storage::F32(table) => row.copy_from_slice(&table[range]),
             Storage::Bf16(table) => row.iter_mut().zip(&table[range]).for_each(|(x, t)| *x = t.to_f32()),
-            Storage::Device(_) => table.as_f32().map(|_| ())?,
+            Storage::Device(_) => quantized_of(table)?.row(id as usize, row),
         }
     }
     Ok(())

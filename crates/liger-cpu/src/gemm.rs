@@ -1,11 +1,10 @@
 //! Matrix products: `x w^T` as dot products ([`dots`]), everything else by the `gemm` crate.
 
-use half::bf16;
 use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
-use rayon::prelude::*;
 
 use crate::dots;
-use crate::parallel::vectorized;
+use crate::parallel::{for_rows, threads, vectorized};
+use crate::quantized::{self, Quantized};
 
 /// A matrix read through strides.
 #[derive(Clone, Copy)]
@@ -75,7 +74,7 @@ pub(crate) fn matmul(
 
 /// All threads of the pool, or this one alone where the product is too small to share.
 fn share(work: usize) -> gemm::Parallelism {
-    if work < 1 << 18 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(rayon::current_num_threads()) }
+    if work < 1 << 18 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads()) }
 }
 
 pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
@@ -99,7 +98,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
             (Storage::Bf16(b), false) => dots::product(c, a_data, b, (m, n, k), how.scale, how.accumulate),
             (Storage::F32(b), true) => tall(c, a_data, b, (m, n, k), how),
             (Storage::Bf16(b), true) => tall(c, a_data, b, (m, n, k), how),
-            (Storage::Device(_), _) => b.as_f32().map(|_| ())?,
+            (Storage::Device(_), _) => quantized::product(c, a_data, quantized_of(b)?, m, how.scale, how.accumulate),
         }
         return Ok(());
     }
@@ -112,14 +111,29 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
             let c_data = c.as_f32_mut()?;
             matmul(c_data, n, (m, n, k), a_matrix, b_matrix, how.scale, how.accumulate, share(m * n * k));
         }
-        Storage::Bf16(b_data) if !how.transpose_b => widened(c.as_f32_mut()?, a_matrix, b_data, (m, n, k), how),
-        Storage::Bf16(_) => {
-            let (found, expected) = ("host bfloat16", "float32 where both operands are transposed");
+        Storage::Bf16(b_data) if !how.transpose_b => {
+            let row = |i: usize, wide: &mut [f32]| {
+                vectorized!(|| wide.iter_mut().zip(&b_data[i * n..(i + 1) * n]).for_each(|(w, x)| *w = x.to_f32()),);
+            };
+            widened(c.as_f32_mut()?, a_matrix, row, (m, n, k), how);
+        }
+        Storage::Device(_) if !how.transpose_b => {
+            let weights = quantized_of(b)?;
+            widened(c.as_f32_mut()?, a_matrix, |i, wide| weights.row(i, wide), (m, n, k), how);
+        }
+        Storage::Bf16(_) | Storage::Device(_) => {
+            let (found, expected) = ("narrow weights", "float32 where both operands are transposed");
             return Err(Error::Storage { operation: "gemm", found, expected });
         }
-        Storage::Device(_) => b.as_f32().map(|_| ())?,
     }
     Ok(())
+}
+
+/// The weights of a tensor that is not in plain host memory.
+pub(crate) fn quantized_of(tensor: &Tensor) -> Result<&Quantized> {
+    let Storage::Device(memory) = tensor.storage() else { return Err(Error::NO_BLOCKS) };
+    let foreign = || Error::Storage { operation: "gemm", found: "another device", expected: "the CPU" };
+    memory.as_any().downcast_ref().ok_or_else(foreign)
 }
 
 /// Rows of `x` from which transposing the weights first pays: the crate is much faster on rows that lie along n.
@@ -150,19 +164,24 @@ fn tall<W: dots::Weight>(c: &mut [f32], x: &[f32], w: &[W], (m, n, k): (usize, u
     }
 }
 
-/// bfloat16 weights not transposed: widened a panel of rows at a time, so that no full float32 copy ever exists.
-fn widened(c: &mut [f32], a: Matrix<'_>, b: &[bf16], (m, n, k): (usize, usize, usize), how: Gemm) {
+/// Narrow weights not transposed: widened a panel of rows at a time, so that no full float32 copy ever exists.
+fn widened(
+    c: &mut [f32],
+    a: Matrix<'_>,
+    row: impl Fn(usize, &mut [f32]) + Sync,
+    (m, n, k): (usize, usize, usize),
+    how: Gemm,
+) {
     const PANEL: usize = 1024;
     let mut panel = vec![0.0f32; PANEL.min(k) * n];
     for first in (0..k).step_by(PANEL) {
         let count = PANEL.min(k - first);
-        let source = &b[first * n..(first + count) * n];
-        panel[..source.len()].par_chunks_mut(1 << 14).zip(source.par_chunks(1 << 14)).for_each(|(wide, narrow)| {
-            vectorized!(|| wide.iter_mut().zip(narrow).for_each(|(w, x)| *w = x.to_f32()),);
+        let panel = &mut panel[..count * n];
+        for_rows(panel, n, |start, rows| {
+            rows.chunks_exact_mut(n).enumerate().for_each(|(i, wide)| row(first + start + i, wide));
         });
         let a = Matrix { data: &a.data[first * a.column_stride..], ..a };
         let accumulate = how.accumulate || first > 0;
-        let panel = rows(&panel[..source.len()], n);
-        matmul(c, n, (m, n, count), a, panel, how.scale, accumulate, share(m * n * count));
+        matmul(c, n, (m, n, count), a, rows(panel, n), how.scale, accumulate, share(m * n * count));
     }
 }

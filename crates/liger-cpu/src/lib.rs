@@ -1,5 +1,6 @@
 //! The operations of `liger-tensor` on any CPU: plain loops that the compiler turns into vector code for the CPU at
-//! hand (chosen when the program runs), matrix products by the `gemm` crate, threads by rayon.
+//! hand (chosen when the program runs), large matrix products of float32 by the `gemm` crate, on as many threads
+//! as the global rayon pool has.
 //!
 //! ```
 //! use liger_tensor::{Gemm, Ops};
@@ -20,17 +21,22 @@ mod gemm;
 mod loss;
 mod math;
 mod parallel;
+mod quantized;
 mod recurrence;
+mod team;
 
 use std::any::Any;
 use std::sync::Arc;
 
 use half::bf16;
 use liger_tensor::checks::row_range;
+use liger_tensor::quantize::{BLOCK, quantize};
 use liger_tensor::{
     AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
     Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
 };
+
+use crate::quantized::Quantized;
 
 /// The CPU as a device.
 #[derive(Default)]
@@ -39,7 +45,7 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// The CPU, on the threads of the global rayon pool.
+    /// The CPU, on as many threads as the global rayon pool has.
     pub fn new() -> Self {
         Self::default()
     }
@@ -54,7 +60,7 @@ impl Ops for Cpu {
             "V3" => "AVX2",
             other => other,
         };
-        format!("cpu, {} threads, {vectors}", rayon::current_num_threads())
+        format!("cpu, {} threads, {vectors}", parallel::threads())
     }
 
     fn as_any(&self) -> &dyn Any {
@@ -88,15 +94,36 @@ impl Ops for Cpu {
             match dtype {
                 DType::F32 => Storage::F32(data),
                 DType::Bf16 => Storage::Bf16(data.into_iter().map(bf16::from_f32).collect()),
+                DType::Q8_0 | DType::Q4_1 => return self.upload_blocks(&quantize(&data, dtype), shape, dtype),
             },
         ))
+    }
+
+    fn takes_blocks(&self) -> bool {
+        true
+    }
+
+    fn upload_blocks(&self, blocks: &[u8], shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let fits = dtype.is_quantized() && shape.len() == 2 && shape[1].is_multiple_of(BLOCK);
+        if !fits || blocks.len() != dtype.bytes(shape.iter().product()) {
+            let expected = format!("a matrix of whole blocks of {BLOCK}, {} bytes in all", blocks.len());
+            return Err(Error::Shape { operation: "upload_blocks", found: shape.to_vec(), expected });
+        }
+        let packed = Quantized::pack(blocks, (shape[0], shape[1]), dtype);
+        Ok(Tensor::device(shape, dtype, Box::new(packed)))
     }
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         match tensor.storage() {
             Storage::F32(data) => Ok(data.clone()),
             Storage::Bf16(data) => Ok(data.iter().map(|x| x.to_f32()).collect()),
-            Storage::Device(_) => tensor.as_f32().map(<[f32]>::to_vec),
+            Storage::Device(_) => {
+                let weights = gemm::quantized_of(tensor)?;
+                let mut all = vec![0.0; tensor.len()];
+                let rows = all.chunks_exact_mut(weights.shape().1.max(1)).enumerate();
+                rows.for_each(|(i, row)| weights.row(i, row));
+                Ok(all)
+            }
         }
     }
 

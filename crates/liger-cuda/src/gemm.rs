@@ -54,8 +54,9 @@ fn failed(e: CublasError) -> Error {
 
 fn cuda_type(dtype: DType) -> sys::cudaDataType {
     match dtype {
-        DType::F32 => sys::cudaDataType_t::CUDA_R_32F,
         DType::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+        // Quantised weights never come onto a GPU.
+        DType::F32 | DType::Q8_0 | DType::Q4_1 => sys::cudaDataType_t::CUDA_R_32F,
     }
 }
 
@@ -196,7 +197,7 @@ fn converted(cuda: &Cuda, x: &Tensor, dtype: DType) -> Result<Option<Block>> {
     if x.dtype() == dtype {
         return Ok(None);
     }
-    let block = cuda.gpu.allocate(x.len() * dtype.size())?;
+    let block = cuda.gpu.allocate(dtype.bytes(x.len()))?;
     cuda.convert(block.pointer, pointer("gemm", x)?, dtype, x.len())?;
     Ok(Some(block))
 }

@@ -74,7 +74,7 @@ impl Cuda {
     }
 
     fn tensor(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let block = self.gpu.allocate(shape.iter().product::<usize>() * dtype.size())?;
+        let block = self.gpu.allocate(dtype.bytes(shape.iter().product()))?;
         Ok(Tensor::device(shape, dtype, Box::new(block)))
     }
 
@@ -109,7 +109,7 @@ impl Cuda {
         (source, from): (&Tensor, usize),
         count: usize,
     ) -> Result<()> {
-        let size = source.dtype().size();
+        let size = source.dtype().bytes(1);
         let to = typed(operation, destination, source.dtype())? + (at * size) as u64;
         self.gpu.copy(to, pointer(operation, source)? + (from * size) as u64, count * size)
     }
@@ -151,7 +151,7 @@ fn typed(operation: &'static str, tensor: &Tensor, dtype: DType) -> Result<u64> 
 fn shared_bytes(activations: DType, tiles: &[(usize, usize)], floats: &[(usize, usize)]) -> usize {
     let padding = if activations == DType::Bf16 { 8 } else { 4 };
     let elements: usize = tiles.iter().map(|(rows, width)| rows * (width + padding)).sum();
-    elements * activations.size() + floats.iter().map(|(rows, width)| rows * (width + 4) * 4).sum::<usize>()
+    activations.bytes(elements) + floats.iter().map(|(rows, width)| rows * (width + 4) * 4).sum::<usize>()
 }
 
 impl Ops for Cuda {
@@ -185,13 +185,14 @@ impl Ops for Cuda {
             let expected = format!("{} elements", data.len());
             return Err(Error::Shape { operation: "upload", found: shape.to_vec(), expected });
         }
-        let block = self.gpu.allocate(data.len() * dtype.size())?;
+        let block = self.gpu.allocate(dtype.bytes(data.len()))?;
         match dtype {
             DType::F32 => self.gpu.write(&block, &data)?,
             DType::Bf16 => {
                 let narrow: Vec<bf16> = data.into_iter().map(bf16::from_f32).collect();
                 self.gpu.write(&block, &narrow)?;
             }
+            DType::Q8_0 | DType::Q4_1 => return Err(Error::NO_BLOCKS),
         }
         Ok(Tensor::device(shape, dtype, Box::new(block) as Box<dyn DeviceMemory>))
     }
@@ -209,6 +210,7 @@ impl Ops for Cuda {
                         let raw: Vec<bf16> = self.gpu.read(from, tensor.len())?;
                         Ok(raw.into_iter().map(bf16::to_f32).collect())
                     }
+                    DType::Q8_0 | DType::Q4_1 => Err(Error::NO_BLOCKS),
                 }
             }
         }

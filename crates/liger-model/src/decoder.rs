@@ -291,7 +291,7 @@ impl Decoder {
     pub fn training_bytes(&self, tokens: usize, recompute: Recompute) -> usize {
         let c = &self.config;
         let (d, q, kv) = (c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
-        let size = self.ops.activations().size();
+        let size = self.ops.activations().bytes(1);
         // Input, norm and residual; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up;
         // gates and the window's statistics in float32.
         // One state of every head for 64 tokens.

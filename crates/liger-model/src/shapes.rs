@@ -89,7 +89,8 @@ impl TensorSource for RandomWeights {
     }
 
     /// Matrices are drawn by the device itself: billions of numbers in no time.
-    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: DType) -> Result<Tensor> {
+    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
+        let dtype = dtype.unwrap_or(DType::F32);
         match shape.len() {
             1 => Ok(ops.upload(self.read(name)?, shape, dtype)?),
             _ => Ok(ops.random(shape, bound(shape), self.seed_of(name), dtype)?),

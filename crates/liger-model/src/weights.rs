@@ -14,12 +14,12 @@ pub trait TensorSource {
     /// # Errors
     /// If the file is damaged or holds an element type that is not supported.
     fn read(&self, name: &str) -> Result<Vec<f32>>;
-    /// The tensor on a device.
+    /// The tensor on a device, in `dtype` or as it is stored.
     ///
     /// # Errors
     /// As [`TensorSource::read`], or if the device has no memory.
-    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: DType) -> Result<Tensor> {
-        Ok(ops.upload(self.read(name)?, shape, dtype)?)
+    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
+        Ok(ops.upload(self.read(name)?, shape, dtype.unwrap_or(DType::F32))?)
     }
     /// An error about this checkpoint.
     fn error(&self, problem: String) -> Error;
@@ -87,15 +87,21 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
 }
 
 impl Weights {
-    /// Loads a model; matrices are kept in `dtype`, norms and biases in float32.
+    /// Loads a model; matrices are kept in `dtype` (`None`: as they are stored), norms and biases in float32.
     ///
     /// # Errors
     /// If a tensor is missing, has another shape than the configuration says, or cannot be read.
-    pub fn load(source: &dyn TensorSource, config: &ModelConfig, ops: &dyn Ops, dtype: DType) -> Result<Self> {
+    pub fn load(
+        source: &dyn TensorSource,
+        config: &ModelConfig,
+        ops: &dyn Ops,
+        dtype: impl Into<Option<DType>>,
+    ) -> Result<Self> {
+        let dtype = dtype.into();
         for (name, shape) in expected_tensors(config) {
             check_shape(source, &name, &shape)?;
         }
-        let tensor = |name: &str, dtype: DType| -> Result<Tensor> {
+        let tensor = |name: &str, dtype: Option<DType>| -> Result<Tensor> {
             let shape = source.shape(name).ok_or_else(|| missing(source, name))?;
             source.load(name, &shape, ops, dtype)
         };
@@ -105,7 +111,7 @@ impl Weights {
             let bias = match source.shape(&bias_name) {
                 Some(_) => {
                     check_shape(source, &bias_name, &[weight.dim(0)])?;
-                    Some(tensor(&bias_name, DType::F32)?)
+                    Some(tensor(&bias_name, Some(DType::F32))?)
                 }
                 None => None,
             };
@@ -114,7 +120,7 @@ impl Weights {
         let mut blocks = Vec::with_capacity(config.num_layers);
         for layer in 0..config.num_layers {
             let p = format!("model.layers.{layer}");
-            let norm = |name: &str| tensor(&format!("{p}.{name}.weight"), DType::F32);
+            let norm = |name: &str| tensor(&format!("{p}.{name}.weight"), Some(DType::F32));
             let projection = |name: &str| linear(&format!("{p}.self_attn.{name}_proj"));
             blocks.push(BlockWeights {
                 input_norm: norm("input_layernorm")?,
@@ -132,7 +138,7 @@ impl Weights {
         Ok(Self {
             embedding: tensor("model.embed_tokens.weight", dtype)?,
             blocks,
-            final_norm: tensor("model.norm.weight", DType::F32)?,
+            final_norm: tensor("model.norm.weight", Some(DType::F32))?,
             lm_head: match config.tie_word_embeddings {
                 true => None,
                 false => Some(tensor("lm_head.weight", dtype)?),
@@ -169,6 +175,11 @@ impl Weights {
         list.push(("model.norm.weight".to_owned(), &self.final_norm));
         list.extend(self.lm_head.as_ref().map(|head| ("lm_head.weight".to_owned(), head)));
         list
+    }
+
+    /// Element type of most of the matrices: that of the feed-forward layers.
+    pub fn dtype(&self) -> DType {
+        self.blocks.first().map_or(self.embedding.dtype(), |block| block.up.weight.dtype())
     }
 
     /// Bytes that the weights take on the device.

@@ -54,5 +54,11 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Of a device without products of quantised weights.
+    pub const NO_BLOCKS: Self =
+        Self::Storage { operation: "upload", found: "quantised weights", expected: "f32 or bf16 on this device" };
+}
+
 /// Result of a device operation.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -10,6 +10,7 @@
 pub mod checks;
 mod error;
 mod ops;
+pub mod quantize;
 mod sequences;
 mod steps;
 mod tensor;

@@ -1,7 +1,7 @@
 use std::any::Any;
 use std::ops::Range;
 
-use crate::{DType, Result, Sequences, StepOps, Tensor};
+use crate::{DType, Error, Result, Sequences, StepOps, Tensor};
 
 /// `c = scale * op(a) op(b) (+ c)`, where `op` transposes if asked.
 #[derive(Debug, Clone, Copy)]
@@ -358,6 +358,17 @@ pub trait Ops: Send + Sync {
     fn clear(&self, x: &mut Tensor) -> Result<()>;
     /// Copies `data` to the device and keeps it in `dtype`.
     fn upload(&self, data: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Tensor>;
+    /// Whether [`Ops::upload_blocks`] is there.
+    fn takes_blocks(&self) -> bool {
+        false
+    }
+    /// Keeps a matrix of ggml's blocks ([`quantize`](crate::quantize)), row by row, for products with 8-bit integers.
+    ///
+    /// # Errors
+    /// [`Error::Storage`](crate::Error::Storage) on a device that has no such products.
+    fn upload_blocks(&self, _blocks: &[u8], _shape: &[usize], _dtype: DType) -> Result<Tensor> {
+        Err(Error::NO_BLOCKS)
+    }
     /// The elements as float32.
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>>;
     /// Copies rows `start..start + destination rows` of `source` (axis 0).

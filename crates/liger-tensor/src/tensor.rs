@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
+use crate::quantize::BLOCK;
 use crate::{Error, Result};
 
 /// Element type of a tensor.
@@ -13,15 +14,37 @@ pub enum DType {
     F32,
     /// bfloat16, for frozen weights.
     Bf16,
+    /// For frozen weights on the CPU, as ggml has it: of every 32 elements of a row a float16 scale, and 8 bits each.
+    Q8_0,
+    /// For frozen weights on the CPU, as ggml has it: of every 32 elements of a row a float16 scale and minimum, and 4 bits
+    /// each.
+    Q4_1,
 }
 
 impl DType {
-    /// Bytes an element takes.
-    pub fn size(self) -> usize {
+    /// Bytes of `count` elements: of whole rows, for those in blocks.
+    pub fn bytes(self, count: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::Bf16 => 2,
+            Self::F32 => 4 * count,
+            Self::Bf16 => 2 * count,
+            Self::Q8_0 => count / BLOCK * 34,
+            Self::Q4_1 => count / BLOCK * 20,
         }
+    }
+
+    /// For people: "bfloat16".
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_1 => "Q4_1",
+        }
+    }
+
+    /// Whether elements are packed in blocks of [`BLOCK`].
+    pub fn is_quantized(self) -> bool {
+        matches!(self, Self::Q8_0 | Self::Q4_1)
     }
 }
 
@@ -100,7 +123,7 @@ impl Tensor {
 
     /// Bytes of the elements.
     pub fn bytes(&self) -> usize {
-        self.len() * self.dtype.size()
+        self.dtype.bytes(self.len())
     }
 
     /// Length of axis `axis`, 1 past the last.

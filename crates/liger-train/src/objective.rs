@@ -18,7 +18,7 @@ fn loss_chunk(decoder: &Decoder) -> usize {
 /// Bytes of the logits that are in memory at once while `tokens` tokens are trained on.
 pub fn logit_bytes(decoder: &Decoder, tokens: usize, objective: Objective) -> usize {
     let models = if objective == Objective::Distillation { 2 } else { 1 };
-    models * loss_chunk(decoder).min(tokens) * decoder.config().vocab_size * decoder.ops().activations().size()
+    models * loss_chunk(decoder).min(tokens) * decoder.config().vocab_size * decoder.ops().activations().bytes(1)
 }
 
 /// Gradient `[N, d]` of the final hidden states by the mean next-token loss; `labels[i]` is the token that row i should

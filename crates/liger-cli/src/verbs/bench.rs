@@ -68,13 +68,13 @@ enum What {
 pub fn run(args: &Args) -> Result<()> {
     let ops = args.device.open()?;
     let base = match &args.model {
-        Some(path) => crate::hub::open(path)?.load(ops.clone(), args.device.dtype.into())?,
+        Some(path) => crate::hub::open(path)?.load(ops.clone(), args.device.dtype())?,
         None => {
             if !SHAPES.contains(&args.shape.as_str()) {
                 bail!("--shape: found `{}`, expected one of {}", args.shape, SHAPES.join(", "));
             }
             let config = ModelConfig::shape(&args.shape)?;
-            let weights = Weights::load(&RandomWeights::new(&config, 0), &config, &*ops, args.device.dtype.into())?;
+            let weights = Weights::load(&RandomWeights::new(&config, 0), &config, &*ops, args.device.dtype())?;
             Decoder::new(ops.clone(), config, weights)
         }
     };
@@ -166,7 +166,7 @@ impl Bench<'_> {
     /// All weights but the embedding table, of which a step reads a row, unless it is the output layer too.
     fn weight_bytes_read(&self) -> usize {
         let config = self.decoder.config();
-        let table = config.vocab_size * config.hidden_size * self.ops.activations().size();
+        let table = config.vocab_size * config.hidden_size * self.ops.activations().bytes(1);
         self.decoder.weights().bytes() - if config.tie_word_embeddings { 0 } else { table }
     }
 

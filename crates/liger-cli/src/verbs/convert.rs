@@ -83,7 +83,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let form = args.form.config(checkpoint.config.num_layers)?;
     args.out.prepare()?;
-    let device = DeviceArgs { device: "cpu".into(), dtype: Precision::F32, threads: None };
+    let device = DeviceArgs::cpu();
     let decoder = checkpoint.load(device.open()?, DType::F32)?.with_attention(Some(form));
     let dtype = args.dtype.map_or(checkpoint.stored_dtype, DType::from);
     save_model(&args.out.out, &decoder, None, &checkpoint, dtype, SaveFormat::Liger)?;

@@ -155,14 +155,14 @@ pub fn run(args: &Args) -> Result<()> {
         .collect::<Result<Vec<_>>>()?;
     let text = args.text.as_deref().map(|path| Text::read(args, path, &checkpoint)).transpose()?;
     let ops = args.device.open()?;
-    let loaded = Loaded::load_on(ops.clone(), checkpoint, args.adapter.as_deref(), args.device.dtype)?;
+    let loaded = Loaded::load_on(ops.clone(), checkpoint, args.adapter.as_deref(), &args.device)?;
     let teacher = match &args.teacher {
         Some(path) => {
             let checkpoint = crate::hub::open(path)?;
             if checkpoint.tokenizer.vocab_size() != loaded.checkpoint.tokenizer.vocab_size() {
                 bail!("--teacher {}: another vocabulary than {}", path.display(), args.model.display());
             }
-            Some(Loaded::load_on(ops, checkpoint, None, args.device.dtype)?)
+            Some(Loaded::load_on(ops, checkpoint, None, &args.device)?)
         }
         None => None,
     };
@@ -278,27 +278,26 @@ fn score(args: &Args, work: &Work, text: Option<&Text>, candidates: &[Candidate<
             }
         }
     }
+    let weights = candidates.last().map_or("no", |candidate| candidate.decoder.weights().dtype().name());
     Ok(EvaluationRun {
         liger_eval: 1,
         command: std::env::args().collect::<Vec<_>>().join(" "),
-        machine: format!("{}, {} weights, liger {}", ops.describe(), precision(args), env!("CARGO_PKG_VERSION")),
+        machine: format!("{}, {} weights, liger {}", ops.describe(), weights, env!("CARGO_PKG_VERSION")),
         limit: args.limit,
         models,
         long_text,
     })
 }
 
-fn precision(args: &Args) -> &'static str {
-    match args.device.dtype {
-        crate::common::Precision::F32 => "float32",
-        crate::common::Precision::Bf16 => "bfloat16",
-    }
-}
-
 fn score_tasks(args: &Args, work: &Work, candidate: &Candidate<'_>) -> Result<(Vec<TaskScores>, Vec<RecallScores>)> {
     let (subject, around) = (candidate.subject(), candidate.around());
     let liger = subject.decoder.config().liger.as_ref().map(LigerConfig::to_json);
-    let identity = format!("{} {liger:?} {} {}", candidate.hash, subject.decoder.ops().describe(), precision(args));
+    let identity = format!(
+        "{} {liger:?} {} {}",
+        candidate.hash,
+        subject.decoder.ops().describe(),
+        subject.decoder.weights().dtype().name()
+    );
     let mut cache = if args.no_cache { None } else { Some(Cache::open(&cache_folder("eval"), &identity)?) };
     let (mut tasks, mut probes) = (Vec::new(), Vec::new());
     for (task, items) in &work.benchmarks {

@@ -30,7 +30,7 @@ enum Format {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let device = DeviceArgs { device: "cpu".into(), dtype: Precision::F32, threads: None };
+    let device = DeviceArgs::cpu();
     let Loaded { checkpoint, decoder, .. } = Loaded::open(&args.model, None, &device)?;
     let format = match args.format {
         Format::Authors => SaveFormat::Authors,

@@ -23,7 +23,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Result<()> {
-    let device = DeviceArgs { device: "cpu".into(), dtype: Precision::F32, threads: None };
+    let device = DeviceArgs::cpu();
     let Loaded { checkpoint, decoder, adapter } = Loaded::open(&args.model, Some(&args.adapter), &device)?;
     args.out.prepare()?;
     let dtype = args.dtype.map_or(checkpoint.stored_dtype, DType::from);

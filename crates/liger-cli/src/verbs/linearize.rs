@@ -115,7 +115,7 @@ pub fn run(args: &Args) -> Result<()> {
         std::fs::remove_dir_all(out.join("checkpoints")).with_context(|| out.display().to_string())?;
     }
     let stop = interrupt::flag()?;
-    let teacher = checkpoint.load(ops, args.device.dtype.into())?;
+    let teacher = checkpoint.load(ops, args.device.dtype())?;
     let student = teacher.with_attention(Some(recipe.liger_config()));
     eprintln!(
         "{}: {:.1} M parameters on {}",

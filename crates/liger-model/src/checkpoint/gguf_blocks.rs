@@ -1,6 +1,8 @@
 //! ggml's packed blocks of weights, unpacked to float32. Layouts as in ggml's `ggml-common.h`.
 
 use half::{bf16, f16};
+use liger_tensor::DType;
+use liger_tensor::quantize::{BLOCK, quantize};
 
 /// How elements are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +61,31 @@ impl BlockType {
             return None;
         }
         (count / elements as u64).checked_mul(bytes as u64)
+    }
+
+    /// The element type in which weights of this type are kept without unpacking them: exactly, or for the types of five and
+    /// six bits rounded to eight. `None` for float16, which has no such type.
+    pub(crate) fn stored(self) -> Option<DType> {
+        match self {
+            Self::F32 => Some(DType::F32),
+            Self::F16 => None,
+            Self::Bf16 => Some(DType::Bf16),
+            Self::Q4_0 | Self::Q4_1 | Self::Q4K => Some(DType::Q4_1),
+            Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Q5K | Self::Q6K => Some(DType::Q8_0),
+        }
+    }
+
+    /// Whole blocks as those of [`BlockType::stored`], where that has blocks.
+    pub(crate) fn repacked(self, bytes: Vec<u8>) -> Vec<u8> {
+        match self {
+            Self::Q8_0 | Self::Q4_1 | Self::F32 | Self::F16 | Self::Bf16 => bytes,
+            Self::Q4_0 => {
+                let blocks = bytes.chunks_exact(self.size().1);
+                blocks.flat_map(|block| four_bits(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..])).collect()
+            }
+            Self::Q4K => bytes.chunks_exact(self.size().1).flat_map(k_blocks).collect(),
+            Self::Q5_0 | Self::Q5_1 | Self::Q5K | Self::Q6K => quantize(&self.unpack(&bytes), DType::Q8_0),
+        }
     }
 
     /// Unpacks whole blocks.
@@ -131,6 +158,24 @@ fn k_nibbles(out: &mut Vec<f32>, block: &[u8], high: Option<&[u8]>, packed: &[u8
     }
 }
 
+/// A block of Q4_1.
+fn four_bits(scale: f32, minimum: f32, nibbles: &[u8]) -> Vec<u8> {
+    let numbers = [f16::from_f32(scale).to_le_bytes(), f16::from_f32(minimum).to_le_bytes()];
+    numbers.as_flattened().iter().chain(nibbles).copied().collect()
+}
+
+/// Eight blocks of Q4_1 out of one of Q4_K; scales and minima are rounded to float16.
+fn k_blocks(block: &[u8]) -> Vec<u8> {
+    let (d, dmin) = (half_at(block, 0), half_at(block, 2));
+    let sub_block = |sub: usize| {
+        let (scale, min) = scale_min(&block[4..16], sub);
+        let nibble = |i: usize| block[16 + sub / 2 * BLOCK + i] >> (sub % 2 * 4) & 15;
+        let nibbles: Vec<u8> = (0..BLOCK / 2).map(|i| nibble(i) | nibble(i + BLOCK / 2) << 4).collect();
+        four_bits(d * scale, -dmin * min, &nibbles)
+    };
+    (0..8).flat_map(sub_block).collect()
+}
+
 /// 256 values of six bits: two halves of 128, four runs of 32 in each.
 fn six_bits(out: &mut Vec<f32>, block: &[u8]) {
     let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half_at(block, 208));
@@ -165,6 +210,20 @@ mod tests {
             assert_eq!(block.bytes(expected.len() as u64), Some(bytes.len() as u64));
             for (x, y) in found.iter().zip(&expected) {
                 assert!((x - y).abs() <= 1e-6 * y.abs().max(1e-3), "type {id}: {x}, expected {y}");
+            }
+            // What is kept packed stands for the same numbers, to the precision of the type that it is kept in.
+            let kept = match block.stored() {
+                Some(DType::Q8_0) => BlockType::Q8_0.unpack(&block.repacked(bytes)),
+                Some(DType::Q4_1) => BlockType::Q4_1.unpack(&block.repacked(bytes)),
+                _ => continue,
+            };
+            let largest = expected.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            let bound = if matches!(block, BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q4_1) { 1e-6 } else { 5e-3 };
+            for (x, y) in kept.iter().zip(&expected) {
+                assert!(
+                    (x - y).abs() <= bound * largest,
+                    "type {id} kept packed: {x}, expected {y} of up to {largest}"
+                );
             }
         }
     }

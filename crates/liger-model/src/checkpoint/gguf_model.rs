@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use liger_tensor::{DType, Ops, Tensor};
+
 use super::gguf::{Directory, MetadataValue};
+use super::gguf_blocks::BlockType;
 use crate::config::{Family, ModelConfig, RopeConfig, RopeScaling};
 use crate::error::{Error, Result, io};
 use crate::tokenizer::Tokenizer;
@@ -152,14 +155,39 @@ impl GgufSource {
         }
     }
 
+    /// Whether the matrices are packed in blocks.
+    pub(crate) fn is_quantized(&self) -> bool {
+        self.directory.tensors.values().any(|entry| entry.block.stored().is_some_and(DType::is_quantized))
+    }
+
     fn unpack(&self, name: &str) -> Result<Vec<f32>> {
+        let (block, bytes) = self.packed(name)?;
+        Ok(block.unpack(&bytes))
+    }
+
+    /// A tensor as it is in the file.
+    fn packed(&self, name: &str) -> Result<(BlockType, Vec<u8>)> {
         let missing = || self.error(format!("tensor `{name}` is missing"));
         let entry = self.directory.tensors.get(name).ok_or_else(missing)?;
         let mut bytes = vec![0; entry.bytes as usize];
         let mut file = File::open(&self.path).map_err(io(&self.path, "read"))?;
         file.seek(SeekFrom::Start(entry.start)).map_err(io(&self.path, "read"))?;
         file.read_exact(&mut bytes).map_err(io(&self.path, "read"))?;
-        Ok(entry.block.unpack(&bytes))
+        Ok((entry.block, bytes))
+    }
+
+    fn ggml_name(&self, name: &str) -> Result<String> {
+        ggml_name(name).ok_or_else(|| self.error(format!("GGUF has no name for `{name}`")))
+    }
+
+    /// Heads of a tensor whose rows are interleaved.
+    fn permuted(&self, name: &str) -> Option<usize> {
+        let (heads, kv_heads) = self.permuted_heads?;
+        match name {
+            _ if name.contains("self_attn.q_proj.") => Some(heads),
+            _ if name.contains("self_attn.k_proj.") => Some(kv_heads),
+            _ => None,
+        }
     }
 }
 
@@ -193,7 +221,7 @@ fn ggml_name(name: &str) -> Option<String> {
 }
 
 /// Rows `[head][D/2][2]` back to `[head][2][D/2]`.
-fn unpermute(rows: &[f32], heads: usize, width: usize) -> Vec<f32> {
+fn unpermute<T: Copy>(rows: &[T], heads: usize, width: usize) -> Vec<T> {
     let d = rows.len() / (heads * width);
     let mut out = Vec::with_capacity(rows.len());
     for head in 0..heads {
@@ -213,19 +241,28 @@ impl TensorSource for GgufSource {
     }
 
     fn read(&self, name: &str) -> Result<Vec<f32>> {
-        let ggml = ggml_name(name).ok_or_else(|| self.error(format!("GGUF has no name for `{name}`")))?;
-        let values = self.unpack(&ggml)?;
-        let Some((heads, kv_heads)) = self.permuted_heads else {
-            return Ok(values);
-        };
+        let values = self.unpack(&self.ggml_name(name)?)?;
         let width = self.shape(name).map_or(1, |shape| shape.get(1).copied().unwrap_or(1));
-        Ok(if name.contains("self_attn.q_proj.") {
-            unpermute(&values, heads, width)
-        } else if name.contains("self_attn.k_proj.") {
-            unpermute(&values, kv_heads, width)
-        } else {
-            values
+        Ok(match self.permuted(name) {
+            Some(heads) => unpermute(&values, heads, width),
+            None => values,
         })
+    }
+
+    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
+        if dtype.is_none() {
+            let (block, bytes) = self.packed(&self.ggml_name(name)?)?;
+            if let Some(stored) = block.stored().filter(|stored| stored.is_quantized() && shape.len() == 2) {
+                let blocks = block.repacked(bytes);
+                let blocks = match self.permuted(name) {
+                    Some(heads) => unpermute(&blocks, heads, stored.bytes(shape[1])),
+                    None => blocks,
+                };
+                return Ok(ops.upload_blocks(&blocks, shape, stored)?);
+            }
+        }
+        let stored = self.directory.tensors.get(&self.ggml_name(name)?).and_then(|entry| entry.block.stored());
+        Ok(ops.upload(self.read(name)?, shape, dtype.or(stored).unwrap_or(DType::F32))?)
     }
 
     fn error(&self, problem: String) -> Error {

@@ -35,6 +35,8 @@ pub struct Checkpoint {
     pub tokenizer: Tokenizer,
     /// Element type of its matrices on disk; bfloat16 for quantised files.
     pub stored_dtype: DType,
+    /// Whether its matrices are packed in blocks on disk.
+    pub is_quantized: bool,
     source: Box<dyn TensorSource>,
 }
 
@@ -70,8 +72,9 @@ impl Checkpoint {
         let Value::Object(config_json) = config.to_json() else {
             return Err(Error::corrupt(path, "no metadata"));
         };
+        let is_quantized = source.is_quantized();
         let (path, source) = (path.to_owned(), Box::new(source));
-        Ok(Self { path, config, config_json, tokenizer, stored_dtype: DType::Bf16, source })
+        Ok(Self { path, config, config_json, tokenizer, stored_dtype: DType::Bf16, is_quantized, source })
     }
 
     fn open_folder(path: &Path, tokenizer: impl FnOnce(&Path) -> Result<Tokenizer>) -> Result<Self> {
@@ -96,14 +99,15 @@ impl Checkpoint {
             false => DType::Bf16,
         };
         let tokenizer = tokenizer(path)?;
-        Ok(Self { path: path.to_owned(), config, config_json, tokenizer, stored_dtype, source: Box::new(files) })
+        let (path, source) = (path.to_owned(), Box::new(files));
+        Ok(Self { path, config, config_json, tokenizer, stored_dtype, is_quantized: false, source })
     }
 
-    /// Reads the weights onto a device.
+    /// Reads the weights onto a device, in `dtype` (`None`: as they are stored).
     ///
     /// # Errors
     /// If a tensor is missing, misshapen or cannot be read.
-    pub fn load(&self, ops: Arc<dyn Ops>, dtype: DType) -> Result<Decoder> {
+    pub fn load(&self, ops: Arc<dyn Ops>, dtype: impl Into<Option<DType>>) -> Result<Decoder> {
         let weights = Weights::load(&*self.source, &self.config, &*ops, dtype)?;
         Ok(Decoder::new(ops, self.config.clone(), weights))
     }

@@ -49,7 +49,7 @@ impl safetensors::View for &Lazy<'_> {
     fn dtype(&self) -> Dtype {
         match self.dtype {
             DType::F32 => Dtype::F32,
-            DType::Bf16 => Dtype::BF16,
+            _ => Dtype::BF16,
         }
     }
 
@@ -64,17 +64,17 @@ impl safetensors::View for &Lazy<'_> {
         });
         Cow::Owned(match self.dtype {
             DType::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            DType::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
         })
     }
 
     fn data_len(&self) -> usize {
-        self.tensor.len() * self.dtype.size()
+        self.tensor.len() * if self.dtype == DType::F32 { 4 } else { 2 }
     }
 }
 
 /// Writes `decoder`, with `adapter` merged into its weights, to a folder, with the tokenizer and the unknown fields of
-/// `origin`. Matrices are written in `dtype`, norms and biases in float32 if it is that, else in bfloat16 too.
+/// `origin`. Matrices are written in `dtype` (float32, or else bfloat16), norms and biases in float32 if it is that, else in bfloat16 too.
 /// `config.json` is written last: a folder that has one is complete.
 ///
 /// # Errors
@@ -93,7 +93,7 @@ pub fn save_model(
     config.write_liger(&mut object);
     let name = match dtype {
         DType::F32 => "float32",
-        DType::Bf16 => "bfloat16",
+        _ => "bfloat16",
     };
     object.remove("torch_dtype");
     object.insert("dtype".into(), json!(name));

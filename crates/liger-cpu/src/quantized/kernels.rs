@@ -1,0 +1,378 @@
+//! The sums of one piece of a product, by the instructions that the CPU has.
+
+// Loops of constant length over the registers of a tile are unrolled as they stand.
+#![allow(clippy::needless_range_loop)]
+
+use std::ops::Range;
+
+use liger_tensor::DType;
+use liger_tensor::quantize::BLOCK;
+
+use super::{LANES, Line, Quantized, Rounded, STEP, Sixteen};
+use crate::parallel::Disjoint;
+
+/// Most groups of 16 outputs that a tile has.
+pub(super) const MOST_GROUPS: usize = 4;
+
+/// Outputs `groups` of `rows`.
+pub(super) struct Piece<'a> {
+    pub(super) c: &'a Disjoint<'a>,
+    pub(super) x: &'a Rounded,
+    pub(super) w: &'a Quantized,
+    pub(super) rows: Range<usize>,
+    pub(super) groups: Range<usize>,
+    pub(super) scale: f32,
+    pub(super) accumulate: bool,
+}
+
+/// Instructions for sums of products of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// AVX-512 with VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    /// AVX2: products of 16-bit integers.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Plain loops.
+    Portable,
+}
+
+/// Those that this CPU has, best first.
+pub(crate) fn available() -> Vec<Kernel> {
+    let mut list = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bw") {
+            list.push(Kernel::Avx512Vnni);
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+            list.push(Kernel::Avx2);
+        }
+    }
+    list.push(Kernel::Portable);
+    list
+}
+
+pub(super) fn best() -> Kernel {
+    static BEST: std::sync::OnceLock<Kernel> = std::sync::OnceLock::new();
+    *BEST.get_or_init(|| available()[0])
+}
+
+pub(super) fn piece(kernel: Kernel, p: &Piece<'_>) {
+    match kernel {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `available` found the features.
+        Kernel::Avx512Vnni => unsafe { avx512::piece(p) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Kernel::Avx2 => unsafe { avx2::piece(p) },
+        Kernel::Portable => portable(p),
+    }
+}
+
+/// What a tile reads of one group of outputs.
+#[derive(Clone, Copy)]
+struct Group<'a> {
+    quants: &'a [Line],
+    scales: &'a [Sixteen],
+    offsets: &'a [Sixteen],
+}
+
+/// And of one row of x.
+#[derive(Clone, Copy)]
+struct Row<'a> {
+    quants: &'a [i8],
+    scales: &'a [f32],
+    sums: &'a [i32],
+}
+
+impl Piece<'_> {
+    fn blocks(&self) -> usize {
+        self.w.columns / BLOCK
+    }
+
+    fn group(&self, group: usize) -> Group<'_> {
+        let (blocks, lines) = (self.blocks(), self.w.lines());
+        let of = |all: &'_ [Sixteen]| group * blocks..((group + 1) * blocks).min(all.len());
+        let quants = &self.w.quants[group * blocks * lines..(group + 1) * blocks * lines];
+        let offsets = if self.w.offsets.is_empty() { &[][..] } else { &self.w.offsets[of(&self.w.offsets)] };
+        Group { quants, scales: &self.w.scales[of(&self.w.scales)], offsets }
+    }
+
+    fn row(&self, row: usize) -> Row<'_> {
+        let blocks = row * self.blocks()..(row + 1) * self.blocks();
+        let quants = &self.x.quants[blocks.start * BLOCK..blocks.end * BLOCK];
+        Row { quants, scales: &self.x.scales[blocks.clone()], sums: &self.x.sums[blocks] }
+    }
+
+    fn store(&self, row: usize, group: usize, sums: &[f32; LANES]) {
+        let n = self.w.rows;
+        let count = LANES.min(n - group * LANES);
+        // SAFETY: pieces have distinct rows and groups, and this is the only slice of them alive.
+        let out = unsafe { self.c.slice(row * n + group * LANES, count) };
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = self.scale * sum + if self.accumulate { *out } else { 0.0 };
+        }
+    }
+}
+
+fn portable(p: &Piece<'_>) {
+    let (lines, zero) = (p.w.lines(), p.w.zero());
+    for group in p.groups.clone() {
+        let w = p.group(group);
+        for row in p.rows.clone() {
+            let Row { quants, scales, sums } = p.row(row);
+            let mut total = [0.0f32; LANES];
+            for (b, x) in quants.chunks_exact(BLOCK).enumerate() {
+                let mut sum = [-zero * sums[b]; LANES];
+                for (step, x) in x.chunks_exact(STEP).enumerate() {
+                    let line = &w.quants[b * lines + step % lines].0;
+                    for (sum, w) in sum.iter_mut().zip(line.chunks_exact(STEP)) {
+                        for (w, x) in w.iter().zip(x) {
+                            let w = match p.w.dtype {
+                                DType::Q8_0 => *w,
+                                _ if step < lines => w & 15,
+                                _ => w >> 4,
+                            };
+                            *sum += i32::from(w) * i32::from(*x);
+                        }
+                    }
+                }
+                let number = |n: u16| half::f16::from_bits(n).to_f32();
+                for (lane, (total, sum)) in total.iter_mut().zip(sum).enumerate() {
+                    *total += number(w.scales[b].0[lane]) * scales[b] * sum as f32;
+                    if let Some(offsets) = w.offsets.get(b) {
+                        *total += number(offsets.0[lane]) * (scales[b] * sums[b] as f32);
+                    }
+                }
+            }
+            p.store(row, group, &total);
+        }
+    }
+}
+
+/// Walks through a piece in tiles of some groups times some rows: few rows want many groups, so that enough sums are under
+/// way at once. After `$features` come numbers of groups, most first, each with the numbers of rows that go with it, from 1.
+#[cfg(target_arch = "x86_64")]
+macro_rules! tiles {
+    ($p:expr, $tile:ident, $features:literal, $([$groups:literal: $($rows:literal)*])*) => {{
+        #[target_feature(enable = $features)]
+        fn all<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>) {
+            let mut group = p.groups.start;
+            'next: while group < p.groups.end {
+                $(
+                    let most = [$($rows),*].len();
+                    if p.groups.end - group >= $groups && (p.rows.len() <= most || $groups == 1) {
+                        let mut row = p.rows.start;
+                        while row < p.rows.end {
+                            // What is left is cut evenly: 13 rows are tiles of 7 and 6, not of 12 and 1.
+                            let left = p.rows.end - row;
+                            let count = left.div_ceil(left.div_ceil(most));
+                            match count {
+                                $($rows => $tile::<$rows, $groups, FOUR, OFFSETS>(p, row, group),)*
+                                _ => unreachable!("rows of a tile"),
+                            }
+                            row += count;
+                        }
+                        group += $groups;
+                        continue 'next;
+                    }
+                )*
+            }
+        }
+        match ($p.w.dtype == DType::Q8_0, $p.w.offsets.is_empty()) {
+            (true, _) => all::<false, false>($p),
+            (false, true) => all::<true, false>($p),
+            (false, false) => all::<true, true>($p),
+        }
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        __m512, _mm256_load_si256, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
+        _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps,
+    };
+
+    use super::{BLOCK, DType, LANES, Piece, STEP, Sixteen};
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn piece(p: &Piece<'_>) {
+        tiles!(p, tile, "avx512f,avx512bw,avx512vnni", [4: 1 2 3] [2: 1 2 3 4 5 6] [1: 1 2 3 4 5 6 7 8]);
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn numbers(n: &Sixteen) -> __m512 {
+        // SAFETY: 32 bytes that are aligned by their type.
+        unsafe { _mm512_cvtph_ps(_mm256_load_si256(n.0.as_ptr().cast())) }
+    }
+
+    // No closures here: what the standard library calls with them is compiled without these instructions.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    #[inline]
+    fn tile<const R: usize, const G: usize, const FOUR: bool, const OFFSETS: bool>(
+        p: &Piece<'_>,
+        row: usize,
+        group: usize,
+    ) {
+        let (mut w, mut x) = ([p.group(group); G], [p.row(row); R]);
+        for g in 1..G {
+            w[g] = p.group(group + g);
+        }
+        for r in 1..R {
+            x[r] = p.row(row + r);
+        }
+        let (blocks, zero) = (p.blocks(), p.w.zero());
+        let lines = if FOUR { BLOCK / STEP / 2 } else { BLOCK / STEP };
+        assert!(w.iter().all(|w| w.quants.len() == blocks * lines && w.scales.len() == blocks));
+        assert!(x.iter().all(|x| x.quants.len() == blocks * BLOCK));
+        let low = _mm512_set1_epi8(15);
+        let mut totals = [[_mm512_setzero_ps(); G]; R];
+        for b in 0..blocks {
+            let mut sums = [[_mm512_setzero_si512(); G]; R];
+            for r in 0..R {
+                sums[r] = [_mm512_set1_epi32(-zero * x[r].sums[b]); G];
+            }
+            for line in 0..lines {
+                let mut quants = [_mm512_setzero_si512(); G];
+                for g in 0..G {
+                    // SAFETY: 64 bytes that are aligned by their type; as many as asserted.
+                    quants[g] = unsafe { _mm512_load_si512(w[g].quants.as_ptr().add(b * lines + line).cast()) };
+                }
+                for half in 0..BLOCK / STEP / lines {
+                    for r in 0..R {
+                        let at = b * BLOCK + (half * lines + line) * STEP;
+                        // SAFETY: four bytes, no alignment needed; as many as asserted.
+                        let terms = unsafe { x[r].quants.as_ptr().add(at).cast::<i32>().read_unaligned() };
+                        let terms = _mm512_set1_epi32(terms);
+                        for g in 0..G {
+                            let w = match (FOUR, half) {
+                                (false, _) => quants[g],
+                                (true, 0) => _mm512_and_si512(quants[g], low),
+                                (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(quants[g]), low),
+                            };
+                            sums[r][g] = _mm512_dpbusd_epi32(sums[r][g], w, terms);
+                        }
+                    }
+                }
+            }
+            for g in 0..G {
+                let scale = numbers(&w[g].scales[b]);
+                for r in 0..R {
+                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[r].scales[b]));
+                    totals[r][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][g]), scale, totals[r][g]);
+                }
+                if OFFSETS {
+                    let offset = numbers(&w[g].offsets[b]);
+                    for r in 0..R {
+                        let sum = _mm512_set1_ps(x[r].scales[b] * x[r].sums[b] as f32);
+                        totals[r][g] = _mm512_fmadd_ps(offset, sum, totals[r][g]);
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for g in 0..G {
+                let mut sums = [0.0f32; LANES];
+                // SAFETY: 16 floats, no alignment needed.
+                unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), totals[r][g]) };
+                p.store(row + r, group + g, &sums);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::{
+        __m256, _mm_and_si128, _mm_load_si128, _mm_set1_epi8, _mm_set1_epi32, _mm_srli_epi16, _mm256_add_epi32,
+        _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtph_ps, _mm256_fmadd_ps,
+        _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_mul_ps, _mm256_permute4x64_epi64, _mm256_set1_epi32,
+        _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_storeu_ps,
+    };
+
+    use super::{BLOCK, DType, LANES, Piece, STEP};
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn piece(p: &Piece<'_>) {
+        tiles!(p, tile, "avx2,fma,f16c", [1: 1 2 3]);
+    }
+
+    /// Eight outputs' float16 numbers.
+    #[target_feature(enable = "avx,f16c")]
+    fn numbers(n: &[u16; LANES], half: usize) -> __m256 {
+        // SAFETY: 16 bytes from 0 or 16 on of 32, aligned by their type.
+        unsafe { _mm256_cvtph_ps(_mm_load_si128(n.as_ptr().add(8 * half).cast())) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn tile<const R: usize, const G: usize, const FOUR: bool, const OFFSETS: bool>(
+        p: &Piece<'_>,
+        row: usize,
+        group: usize,
+    ) {
+        let mut x = [p.row(row); R];
+        for r in 1..R {
+            x[r] = p.row(row + r);
+        }
+        let (lines, zero) = (if FOUR { BLOCK / STEP / 2 } else { BLOCK / STEP }, p.w.zero());
+        let low = _mm_set1_epi8(15);
+        for g in 0..G {
+            let w = p.group(group + g);
+            let mut totals = [[_mm256_setzero_ps(); 2]; R];
+            for b in 0..p.blocks() {
+                // Of four outputs each, two sums of even and odd pairs of terms.
+                let mut sums = [[_mm256_setzero_si256(); 4]; R];
+                for step in 0..BLOCK / STEP {
+                    let line = &w.quants[b * lines + step % lines].0;
+                    let mut words = [_mm256_setzero_si256(); 4];
+                    for quarter in 0..4 {
+                        // SAFETY: 16 bytes of 64 that are aligned by their type.
+                        let bytes = unsafe { _mm_load_si128(line.as_ptr().add(16 * quarter).cast()) };
+                        words[quarter] = _mm256_cvtepu8_epi16(match (FOUR, step < lines) {
+                            (false, _) => bytes,
+                            (true, true) => _mm_and_si128(bytes, low),
+                            (true, false) => _mm_and_si128(_mm_srli_epi16::<4>(bytes), low),
+                        });
+                    }
+                    for r in 0..R {
+                        let terms = &x[r].quants[b * BLOCK + step * STEP..b * BLOCK + (step + 1) * STEP];
+                        // SAFETY: four bytes, no alignment needed.
+                        let terms = unsafe { terms.as_ptr().cast::<i32>().read_unaligned() };
+                        let terms = _mm256_cvtepi8_epi16(_mm_set1_epi32(terms));
+                        for quarter in 0..4 {
+                            let products = _mm256_madd_epi16(words[quarter], terms);
+                            sums[r][quarter] = _mm256_add_epi32(sums[r][quarter], products);
+                        }
+                    }
+                }
+                for r in 0..R {
+                    for half in 0..2 {
+                        // Neighbours are added; then the outputs are 0 1 4 5 2 3 6 7.
+                        let pairs = _mm256_hadd_epi32(sums[r][2 * half], sums[r][2 * half + 1]);
+                        let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(pairs);
+                        let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(-zero * x[r].sums[b]));
+                        let scale = _mm256_mul_ps(numbers(&w.scales[b].0, half), _mm256_set1_ps(x[r].scales[b]));
+                        totals[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, totals[r][half]);
+                        if OFFSETS {
+                            let sum = _mm256_set1_ps(x[r].scales[b] * x[r].sums[b] as f32);
+                            totals[r][half] = _mm256_fmadd_ps(numbers(&w.offsets[b].0, half), sum, totals[r][half]);
+                        }
+                    }
+                }
+            }
+            for r in 0..R {
+                let mut sums = [0.0f32; LANES];
+                for half in 0..2 {
+                    // SAFETY: eight floats of 16, no alignment needed.
+                    unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), totals[r][half]) };
+                }
+                p.store(row + r, group + g, &sums);
+            }
+        }
+    }
+}

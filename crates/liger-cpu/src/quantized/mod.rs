@@ -1,0 +1,301 @@
+//! Frozen weights of 8 or 4 bits, and their products with activations that are rounded to 8 bits a block as they come.
+//!
+//! Of a block of 32 terms the sum is one of integers, `sum q_w q_x`; scales are applied to it in float32. Weights lie so that
+//! one vector of 64 bytes holds four terms for each of 16 outputs, as VNNI's dot products take them.
+
+mod kernels;
+
+use std::any::Any;
+
+use half::f16;
+use liger_tensor::quantize::BLOCK;
+use liger_tensor::{DType, DeviceMemory};
+
+use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
+
+/// Outputs (rows of the matrix) that lie together.
+const LANES: usize = 16;
+/// Terms of a block that one vector holds.
+const STEP: usize = 4;
+
+/// One vector of weights: `[16 outputs, 4 terms]`, of 4 bits two such vectors in one.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line([u8; 64]);
+
+/// Float16 numbers of one block, of 16 outputs.
+#[derive(Clone, Copy)]
+#[repr(align(32))]
+struct Sixteen([u16; LANES]);
+
+/// A matrix `[rows, columns]`: `weight = scale (quant - zero) + offset`, where there are offsets.
+pub(crate) struct Quantized {
+    rows: usize,
+    columns: usize,
+    dtype: DType,
+    /// `[rows / 16, columns / 32, 8 steps (4 of 4 bits)]`; rows are filled up with zeros.
+    quants: Vec<Line>,
+    /// `[rows / 16, columns / 32]`.
+    scales: Vec<Sixteen>,
+    /// As scales. Weights of 4 bits whose minimum is always -8 scales (ggml's `Q4_0`) have none.
+    offsets: Vec<Sixteen>,
+}
+
+impl DeviceMemory for Quantized {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+}
+
+impl Quantized {
+    /// Out of ggml's blocks, row by row; `columns` is a multiple of 32.
+    pub(crate) fn pack(blocks: &[u8], (rows, columns): (usize, usize), dtype: DType) -> Self {
+        let (of_row, size) = (columns / BLOCK, dtype.bytes(BLOCK));
+        assert_eq!(blocks.len(), rows * of_row * size, "blocks of {rows} x {columns}");
+        let lines = if dtype == DType::Q8_0 { BLOCK / STEP } else { BLOCK / STEP / 2 };
+        let groups = rows.div_ceil(LANES);
+        let mut quants = vec![Line([0; 64]); groups * of_row * lines];
+        let mut scales = vec![Sixteen([0; LANES]); groups * of_row];
+        let mut offsets = vec![Sixteen([0; LANES]); if dtype == DType::Q8_0 { 0 } else { groups * of_row }];
+        let half_at = |block: &[u8], at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
+        let fill = |group: usize, quants: &mut [Line], scales: &mut [Sixteen], offsets: &mut [Sixteen]| {
+            for lane in 0..LANES.min(rows - group * LANES) {
+                let row = &blocks[(group * LANES + lane) * of_row * size..][..of_row * size];
+                for (b, block) in row.chunks_exact(size).enumerate() {
+                    scales[b].0[lane] = half_at(block, 0);
+                    let packed = if dtype == DType::Q8_0 { &block[2..] } else { &block[4..] };
+                    if let Some(offset) = offsets.get_mut(b) {
+                        offset.0[lane] = half_at(block, 2);
+                    }
+                    for (line, terms) in quants[b * lines..(b + 1) * lines].iter_mut().zip(packed.chunks_exact(STEP)) {
+                        for (to, from) in line.0[lane * STEP..(lane + 1) * STEP].iter_mut().zip(terms) {
+                            // Signed bytes become unsigned ones with their zero at 128.
+                            *to = if dtype == DType::Q8_0 { from ^ 0x80 } else { *from };
+                        }
+                    }
+                }
+            }
+        };
+        let all = (Disjoint::new(&mut quants), Disjoint::new(&mut scales), Disjoint::new(&mut offsets));
+        for_tasks(groups, |group| {
+            let of_offsets = if dtype == DType::Q8_0 { (0, 0) } else { (group * of_row, of_row) };
+            // SAFETY: groups have distinct lines and numbers.
+            let (quants, scales, offsets) = unsafe {
+                (
+                    all.0.slice(group * of_row * lines, of_row * lines),
+                    all.1.slice(group * of_row, of_row),
+                    all.2.slice(of_offsets.0, of_offsets.1),
+                )
+            };
+            fill(group, quants, scales, offsets);
+        });
+        let minimum = |scale: u16| f16::from_f32(-8.0 * f16::from_bits(scale).to_f32()).to_bits() & 0x7fff;
+        let symmetric = |(scale, offset): (&Sixteen, &Sixteen)| {
+            scale.0.iter().zip(offset.0).all(|(s, o)| minimum(*s) == o & 0x7fff && (o == 0 || (s ^ o) >> 15 == 1))
+        };
+        if scales.iter().zip(&offsets).all(symmetric) {
+            offsets = Vec::new();
+        }
+        Self { rows, columns, dtype, quants, scales, offsets }
+    }
+
+    /// Number of rows and columns.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    fn lines(&self) -> usize {
+        if self.dtype == DType::Q8_0 { BLOCK / STEP } else { BLOCK / STEP / 2 }
+    }
+
+    /// What an unsigned quant of 0 stands for, in scales.
+    fn zero(&self) -> i32 {
+        match (self.dtype, self.offsets.is_empty()) {
+            (DType::Q8_0, _) => 128,
+            (_, true) => 8,
+            (_, false) => 0,
+        }
+    }
+
+    /// Row `row` as float32.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        let (group, lane, of_row, lines) = (row / LANES, row % LANES, self.columns / BLOCK, self.lines());
+        for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
+            let at = group * of_row + b;
+            let number = |all: &[Sixteen]| all.get(at).map_or(0.0, |n| f16::from_bits(n.0[lane]).to_f32());
+            let (scale, offset) = (number(&self.scales), number(&self.offsets));
+            for (i, out) in out.iter_mut().enumerate() {
+                let byte = self.quants[at * lines + i / STEP % lines].0[lane * STEP + i % STEP];
+                let quant = match (self.dtype, i < BLOCK / 2) {
+                    (DType::Q8_0, _) => byte,
+                    (_, true) => byte & 15,
+                    (_, false) => byte >> 4,
+                };
+                *out = scale * (i32::from(quant) - self.zero()) as f32 + offset;
+            }
+        }
+    }
+}
+
+/// Activations `[m, k]` in blocks of 8 bits.
+struct Rounded {
+    quants: Vec<i8>,
+    /// `[m, k / 32]`: scale, and the sum of the quants.
+    scales: Vec<f32>,
+    sums: Vec<i32>,
+}
+
+impl Rounded {
+    fn new(x: &[f32]) -> Self {
+        let blocks = x.len() / BLOCK;
+        let mut rounded = Self { quants: vec![0; x.len()], scales: vec![0.0; blocks], sums: vec![0; blocks] };
+        const TOGETHER: usize = 512;
+        let Self { quants, scales, sums } = &mut rounded;
+        let (quants, scales, sums) = (Disjoint::new(quants), Disjoint::new(scales), Disjoint::new(sums));
+        for_tasks(blocks.div_ceil(TOGETHER), |i| {
+            let (first, count) = (i * TOGETHER, TOGETHER.min(blocks - i * TOGETHER));
+            let x = &x[first * BLOCK..(first + count) * BLOCK];
+            // SAFETY: tasks have distinct blocks.
+            let (quants, scales, sums) = unsafe {
+                (quants.slice(first * BLOCK, count * BLOCK), scales.slice(first, count), sums.slice(first, count))
+            };
+            round(x, quants, scales, sums);
+        });
+        rounded
+    }
+}
+
+fn round(x: &[f32], quants: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+    vectorized!(|| {
+        let (x, quants) = (x.as_chunks::<BLOCK>().0, quants.as_chunks_mut::<BLOCK>().0);
+        for (((x, quants), scale), sum) in x.iter().zip(quants).zip(scales).zip(sums) {
+            let mut largest = [0.0f32; LANES];
+            for half in x.chunks_exact(LANES) {
+                for (largest, x) in largest.iter_mut().zip(half) {
+                    let x = x.abs();
+                    *largest = if x > *largest { x } else { *largest };
+                }
+            }
+            let largest = largest.iter().fold(0.0f32, |a, b| if *b > a { *b } else { a });
+            let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+            *scale = largest / 127.0;
+            // Adding it leaves the nearest integer in the low bits: at most 127 here.
+            const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+            let mut total = 0;
+            for (quant, x) in quants.iter_mut().zip(x) {
+                let rounded = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+                *quant = rounded as i8;
+                total += i32::from(*quant);
+            }
+            *sum = total;
+        }
+    },);
+}
+
+/// Rows of `x` that are gone through with one group of outputs before the next: what the nearest caches hold.
+const ROW_BLOCK: usize = 192;
+
+/// `c [m, n] = scale x [m, k] w [n, k]^T (+ c)`.
+pub(crate) fn product(c: &mut [f32], x: &[f32], w: &Quantized, m: usize, scale: f32, accumulate: bool) {
+    let (n, k) = w.shape();
+    assert!(c.len() == m * n && x.len() == m * k, "quantised product {m} x {k} x {n}");
+    let x = &Rounded::new(x);
+    let c = &Disjoint::new(c);
+    let groups = n.div_ceil(LANES);
+    // Enough pieces to share evenly, each of enough work to be worth handing over.
+    let smallest = (1usize << 18).div_ceil(m * k * LANES).next_multiple_of(kernels::MOST_GROUPS);
+    let piece = groups.div_ceil(4 * threads()).next_multiple_of(kernels::MOST_GROUPS).max(smallest);
+    let kernel = kernels::best();
+    for_tasks(groups.div_ceil(piece), |i| {
+        let groups = i * piece..groups.min((i + 1) * piece);
+        for first in (0..m).step_by(ROW_BLOCK) {
+            let rows = first..m.min(first + ROW_BLOCK);
+            kernels::piece(kernel, &kernels::Piece { c, x, w, rows, groups: groups.clone(), scale, accumulate });
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use liger_tensor::quantize::quantize;
+
+    use super::*;
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let next = |state: &mut u64| {
+            *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (*state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let mut state = seed;
+        (0..count).map(|_| next(&mut state) + 0.5 * next(&mut state)).collect()
+    }
+
+    /// ggml's Q4_0 in the form of Q4_1: the minimum is -8 scales.
+    fn symmetric(blocks: &mut [u8]) {
+        for block in blocks.chunks_exact_mut(DType::Q4_1.bytes(BLOCK)) {
+            let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+            block[2..4].copy_from_slice(&f16::from_f32(-8.0 * scale).to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn every_kernel_gives_the_products_of_what_was_packed() {
+        let found = kernels::available();
+        println!("kernels on this CPU: {found:?}");
+        for (m, n, k) in
+            [(1, 1, 32), (1, 100, 64), (2, 64, 576), (5, 33, 96), (13, 16, 32), (30, 70, 160), (200, 40, 64)]
+        {
+            for form in 0..3 {
+                let dtype = if form == 0 { DType::Q8_0 } else { DType::Q4_1 };
+                let (x, w, old) = (numbers(m * k, 1), numbers(n * k, 2), numbers(m * n, 3));
+                let mut blocks = quantize(&w, dtype);
+                if form == 2 {
+                    symmetric(&mut blocks);
+                }
+                let packed = Quantized::pack(&blocks, (n, k), dtype);
+                assert_eq!(packed.offsets.is_empty(), form != 1);
+                let mut rows = vec![0.0f32; n * k];
+                rows.chunks_exact_mut(k).enumerate().for_each(|(i, row)| packed.row(i, row));
+                if form < 2 {
+                    let bound = if form == 0 { 0.01 } else { 0.12 };
+                    let worst = rows.iter().zip(&w).fold(0.0f32, |worst, (a, b)| worst.max((a - b).abs()));
+                    assert!(worst < bound, "form {form}: {worst} off what was packed");
+                }
+                let rounded = Rounded::new(&x);
+                let expected = |i: usize, j: usize| -> f64 {
+                    let x = (0..k)
+                        .map(|t| f64::from(rounded.quants[i * k + t]) * f64::from(rounded.scales[(i * k + t) / BLOCK]));
+                    x.zip(&rows[j * k..(j + 1) * k]).map(|(x, w)| x * f64::from(*w)).sum()
+                };
+                for &kernel in &found {
+                    let mut c = old.clone();
+                    let groups = 0..n.div_ceil(LANES);
+                    let (c_all, scale, accumulate) = (Disjoint::new(&mut c), 0.5, true);
+                    kernels::piece(
+                        kernel,
+                        &kernels::Piece { c: &c_all, x: &rounded, w: &packed, rows: 0..m, groups, scale, accumulate },
+                    );
+                    for (at, c) in c.iter().enumerate() {
+                        let expected = f64::from(old[at]) + 0.5 * expected(at / n, at % n);
+                        let off = (f64::from(*c) - expected).abs();
+                        assert!(
+                            off < 1e-4 * (k as f64).sqrt(),
+                            "{kernel:?}, {m} {n} {k}, form {form}, at {at}: {c}, not {expected}"
+                        );
+                    }
+                }
+                let mut c = old.clone();
+                product(&mut c, &x, &packed, m, 1.0, false);
+                let worst = c
+                    .iter()
+                    .enumerate()
+                    .fold(0.0f64, |worst, (at, c)| worst.max((f64::from(*c) - expected(at / n, at % n)).abs()));
+                assert!(worst < 1e-4 * (k as f64).sqrt(), "{m} {n} {k}, form {form}: {worst} off");
+            }
+        }
+    }
+}

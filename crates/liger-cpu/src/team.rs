@@ -1,0 +1,216 @@
+//! Threads that stay awake between operations. A decoding step is hundreds of operations of some microseconds each: what
+//! puts its threads to sleep after every one of them spends most of the time on waking.
+//!
+//! Members look for the next job for a while before they sleep. A member that is late (the machine has other work) is not
+//! waited for if the others have done everything.
+
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Mutex, OnceLock, TryLockError};
+use std::thread::Thread;
+
+/// Looks for a job before a member sleeps: some 100 microseconds.
+const LOOKS: usize = 20_000;
+
+/// Tasks `0..count` of one call.
+#[derive(Clone, Copy)]
+struct Job {
+    data: *const (),
+    call: unsafe fn(*const (), usize),
+    count: usize,
+}
+
+struct Team {
+    /// Held by whoever has the members work.
+    busy: Mutex<()>,
+    /// Number of the job that can be joined, 0 for none. The job is not changed while it can be, nor while members are inside.
+    open: AtomicUsize,
+    job: UnsafeCell<Job>,
+    /// The next task to take.
+    next: AtomicUsize,
+    /// Members that may be reading the job.
+    inside: AtomicUsize,
+    has_panicked: AtomicBool,
+    members: Vec<Member>,
+}
+
+struct Member {
+    is_asleep: AtomicBool,
+    thread: OnceLock<Thread>,
+}
+
+// SAFETY: `job` is written only by the holder of `busy` while no job is open and nobody is inside; members read it only while
+// they are counted in `inside` and have seen it open. What it points to is `Sync`, see `for_tasks`.
+unsafe impl Sync for Team {}
+// SAFETY: as above.
+unsafe impl Send for Team {}
+
+/// Calls `f(i)` for every task, on all threads of the team. Inside a task, or while another thread has the team work, the tasks
+/// are run one after another.
+pub(crate) fn for_tasks<F: Fn(usize) + Sync>(count: usize, f: F) {
+    let team = team();
+    let guard = match team.busy.try_lock() {
+        _ if count <= 1 || team.members.is_empty() => None,
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    };
+    let Some(guard) = guard else { return (0..count).for_each(f) };
+    unsafe fn call<F: Fn(usize)>(data: *const (), task: usize) {
+        // SAFETY: `data` is the `f` of the call that made the job, which outlives it.
+        unsafe { (*data.cast::<F>())(task) }
+    }
+    let panicked = team.run(Job { data: (&raw const f).cast(), call: call::<F>, count });
+    drop(guard);
+    if let Some(panic) = panicked {
+        resume_unwind(panic);
+    }
+}
+
+/// Threads that work on a job.
+pub(crate) fn threads() -> usize {
+    team().members.len() + 1
+}
+
+fn team() -> &'static Team {
+    static TEAM: OnceLock<&Team> = OnceLock::new();
+    TEAM.get_or_init(|| {
+        let member = |_| Member { is_asleep: AtomicBool::new(false), thread: OnceLock::new() };
+        let nothing = Job { data: std::ptr::null(), call: |_, _| {}, count: 0 };
+        // It lives as long as the program.
+        let team: &'static Team = Box::leak(Box::new(Team {
+            busy: Mutex::new(()),
+            open: AtomicUsize::new(0),
+            job: UnsafeCell::new(nothing),
+            next: AtomicUsize::new(0),
+            inside: AtomicUsize::new(0),
+            has_panicked: AtomicBool::new(false),
+            members: (1..rayon::current_num_threads()).map(member).collect(),
+        }));
+        for (i, member) in team.members.iter().enumerate() {
+            let started = std::thread::Builder::new().name(format!("liger-cpu-{i}")).spawn(move || team.work(member));
+            // Without it the others do its work.
+            if let Ok(handle) = started {
+                let _ = member.thread.set(handle.thread().clone());
+            }
+        }
+        team
+    })
+}
+
+impl Team {
+    fn run(&self, job: Job) -> Option<Box<dyn std::any::Any + Send>> {
+        static JOBS: AtomicUsize = AtomicUsize::new(1);
+        // SAFETY: `busy` is held, no job is open, and nobody is inside: the last call saw to both.
+        unsafe { *self.job.get() = job };
+        self.next.store(0, SeqCst);
+        self.open.store(JOBS.fetch_add(1, SeqCst), SeqCst);
+        for member in &self.members {
+            if member.is_asleep.load(SeqCst)
+                && member.is_asleep.swap(false, SeqCst)
+                && let Some(thread) = member.thread.get()
+            {
+                thread.unpark();
+            }
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| self.take_tasks(job)));
+        self.open.store(0, SeqCst);
+        while self.inside.load(SeqCst) > 0 {
+            std::hint::spin_loop();
+        }
+        match own {
+            Err(panic) => Some(panic),
+            Ok(()) if self.has_panicked.swap(false, SeqCst) => Some(Box::new("a task of the team panicked")),
+            Ok(()) => None,
+        }
+    }
+
+    fn take_tasks(&self, job: Job) {
+        loop {
+            let task = self.next.fetch_add(1, SeqCst);
+            if task >= job.count {
+                return;
+            }
+            // SAFETY: `for_tasks` waits for everybody inside, so what `data` points to is still there.
+            unsafe { (job.call)(job.data, task) };
+        }
+    }
+
+    /// What a member does for ever.
+    fn work(&self, member: &Member) {
+        let (mut last, mut looks) = (0, 0);
+        loop {
+            let open = self.open.load(SeqCst);
+            if open != 0 && open != last {
+                (last, looks) = (open, 0);
+                self.inside.fetch_add(1, SeqCst);
+                // It may have been closed in between: then the job must not be read.
+                if self.open.load(SeqCst) == open {
+                    // SAFETY: the job is open and this member is counted as inside.
+                    let job = unsafe { *self.job.get() };
+                    if catch_unwind(AssertUnwindSafe(|| self.take_tasks(job))).is_err() {
+                        self.has_panicked.store(true, SeqCst);
+                    }
+                }
+                self.inside.fetch_sub(1, SeqCst);
+            } else if looks < LOOKS {
+                looks += 1;
+                std::hint::spin_loop();
+            } else {
+                member.is_asleep.store(true, SeqCst);
+                // A job that was opened before that was seen would not wake this member.
+                if [0, last].contains(&self.open.load(SeqCst)) {
+                    while member.is_asleep.load(SeqCst) {
+                        std::thread::park();
+                    }
+                }
+                member.is_asleep.store(false, SeqCst);
+                looks = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_done_once_and_the_call_ends_after_the_last() {
+        for count in (0..40).chain([1000]) {
+            for _ in 0..50 {
+                let done: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+                for_tasks(count, |task| {
+                    done[task].fetch_add(1, SeqCst);
+                });
+                assert!(done.iter().all(|times| times.load(SeqCst) == 1), "{count} tasks");
+            }
+        }
+    }
+
+    #[test]
+    fn members_that_sleep_are_woken_and_calls_may_be_nested_and_come_from_many_threads() {
+        let sum = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for pause in [0, 1, 3] {
+                        std::thread::sleep(std::time::Duration::from_millis(pause));
+                        for_tasks(8, |_| for_tasks(4, |_| _ = sum.fetch_add(1, SeqCst)));
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.load(SeqCst), 4 * 3 * 32);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_team_goes_on() {
+        for task in 0..8 {
+            let found = catch_unwind(|| for_tasks(8, |i| assert!(i != task, "task {i}")));
+            assert!(found.is_err());
+        }
+        for_tasks(8, |_| {});
+    }
+}
