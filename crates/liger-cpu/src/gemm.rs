@@ -2,9 +2,9 @@
 
 use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
 
-use crate::dots;
 use crate::parallel::{for_rows, threads, vectorized};
 use crate::quantized::{self, Quantized};
+use crate::{bfloat, dots};
 
 /// A matrix read through strides.
 #[derive(Clone, Copy)]
@@ -91,6 +91,10 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
         return Ok(());
     }
     let a_data = a.as_f32()?;
+    if let (Storage::Bf16(b), false, true, Some(kernel)) = (b.storage(), how.transpose_a, m >= PACKED, bfloat::best()) {
+        bfloat::product(kernel, c.as_f32_mut()?, a_data, b, (m, n, k), how);
+        return Ok(());
+    }
     if how.transpose_b && !how.transpose_a {
         let c = c.as_f32_mut()?;
         match (b.storage(), m >= TALL) {
@@ -135,6 +139,9 @@ pub(crate) fn quantized_of(tensor: &Tensor) -> Result<&Quantized> {
     let foreign = || Error::Storage { operation: "gemm", found: "another device", expected: "the CPU" };
     memory.as_any().downcast_ref().ok_or_else(foreign)
 }
+
+/// Rows from which packing bfloat16 weights for the CPU's own bfloat16 products pays.
+const PACKED: usize = 8;
 
 /// Rows of `x` from which transposing the weights first pays: the crate is much faster on rows that lie along n.
 const TALL: usize = 96;

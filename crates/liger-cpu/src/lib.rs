@@ -14,12 +14,14 @@
 //! ```
 
 mod attention;
+mod bfloat;
 mod dots;
 mod elementwise;
 mod features;
 mod gemm;
 mod loss;
 mod math;
+mod memory;
 mod parallel;
 mod quantized;
 mod recurrence;
@@ -141,6 +143,10 @@ impl Ops for Cpu {
 
     fn trim(&self) {
         self.pool.trim();
+    }
+
+    fn available_memory(&self) -> Option<usize> {
+        memory::available()
     }
 
     fn random(&self, shape: &[usize], bound: f32, seed: u64, dtype: DType) -> Result<Tensor> {

@@ -301,11 +301,11 @@ impl Decoder {
         (layer * c.num_layers + whole + 4 * d * size) * tokens
     }
 
-    /// [`Recompute::None`] where the device has its own memory and everything fits, for `tokens` tokens at once.
+    /// [`Recompute::None`] where everything fits, for `tokens` tokens at once.
     pub fn choose_recompute(&self, tokens: usize) -> Recompute {
-        match self.ops.memory() {
+        match self.ops.available_memory() {
             // A tenth for logits, adapter and optimizer.
-            Some((free, _)) if self.training_bytes(tokens, Recompute::None) < free / 10 * 9 => Recompute::None,
+            Some(free) if self.training_bytes(tokens, Recompute::None) < free / 10 * 9 => Recompute::None,
             _ => Recompute::Layer,
         }
     }

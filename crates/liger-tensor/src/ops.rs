@@ -385,6 +385,10 @@ pub trait Ops: Send + Sync {
     fn memory(&self) -> Option<(usize, usize)> {
         None
     }
+    /// Bytes that new tensors can take.
+    fn available_memory(&self) -> Option<usize> {
+        self.memory().map(|(free, _)| free)
+    }
     /// Most bytes of memory in use at once since the last `trim`, where the device counts them.
     fn peak_bytes(&self) -> Option<usize> {
         None

@@ -1,0 +1,260 @@
+//! Products with bfloat16 weights on CPUs that multiply bfloat16 themselves: activations are rounded to it, sums are float32.
+//!
+//! The weights are cut into panels of 32 outputs. A task packs a panel, some terms of the sum at a time, into memory that
+//! stays in its cache, and goes through all rows of the activations with it: packing costs as much as one or two rows.
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use half::bf16;
+use liger_tensor::Gemm;
+
+use crate::parallel::{Disjoint, for_tasks, vectorized};
+
+/// Outputs of a panel.
+const PANEL: usize = 32;
+/// Terms that are packed at once: with them a panel takes 256 KiB, in the second cache.
+const DEPTH: usize = 4096;
+/// Terms that one step of a kernel takes at most: what is packed is filled up to it with zeros.
+const STEP: usize = 32;
+
+/// Instructions for sums of products of bfloat16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// Matrix units: 16 x 16 x 32 at once.
+    Amx,
+    /// AVX-512 with BF16: 16 sums of two products.
+    Avx512Bf16,
+}
+
+/// Those that this CPU has, best first.
+pub(crate) fn available() -> Vec<Kernel> {
+    let mut list = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if amx::is_there() {
+            list.push(Kernel::Amx);
+        }
+        if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
+            list.push(Kernel::Avx512Bf16);
+        }
+    }
+    list
+}
+
+/// The best one, if there is any.
+pub(crate) fn best() -> Option<Kernel> {
+    static BEST: std::sync::OnceLock<Option<Kernel>> = std::sync::OnceLock::new();
+    *BEST.get_or_init(|| available().first().copied())
+}
+
+/// What a kernel adds up: `c [m, count] (+)= scale a [m, terms] b [terms, count]`.
+struct Block<'a> {
+    /// `[m, stride]` bfloat16, from the first term on; `terms` of each row are read, filled up to a multiple of [`STEP`].
+    a: &'a [bf16],
+    stride: usize,
+    rows: usize,
+    /// `[terms / 2, PANEL, 2]`.
+    b: &'a [Pair],
+    /// Where the panel's outputs of row 0 are, and how far apart rows are.
+    c: &'a Disjoint<'a>,
+    first: usize,
+    width: usize,
+    count: usize,
+    scale: f32,
+    accumulate: bool,
+}
+
+/// Two neighbouring terms of one output.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+struct Pair(u32);
+
+impl Block<'_> {
+    /// The panel's outputs of a row.
+    #[allow(clippy::mut_from_ref)]
+    fn outputs(&self, row: usize) -> &mut [f32] {
+        // SAFETY: tasks have distinct panels, and a kernel holds one row of its panel at a time.
+        unsafe { self.c.slice(row * self.width + self.first, self.count) }
+    }
+
+    /// Sums of up to 32 outputs of a row.
+    fn store(&self, row: usize, sums: &[f32]) {
+        for (out, sum) in self.outputs(row).iter_mut().zip(sums) {
+            *out = self.scale * sum + if self.accumulate { *out } else { 0.0 };
+        }
+    }
+}
+
+/// `c [m, n] = scale a [m, k] op(b) (+ c)`; b is `[n, k]` where `how` transposes it, else `[k, n]`.
+pub(crate) fn product(kernel: Kernel, c: &mut [f32], a: &[f32], b: &[bf16], sizes: (usize, usize, usize), how: Gemm) {
+    let (m, n, k) = sizes;
+    assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k, "bfloat16 product {m} x {k} x {n}");
+    let stride = k.next_multiple_of(STEP);
+    let a = &rounded(a, (m, k), stride);
+    let c = &Disjoint::new(c);
+    for_tasks(n.div_ceil(PANEL), |panel| {
+        let first = panel * PANEL;
+        let count = PANEL.min(n - first);
+        let mut packed = vec![Pair::default(); DEPTH.min(stride) / 2 * PANEL];
+        for from in (0..k).step_by(DEPTH) {
+            let terms = DEPTH.min(k - from);
+            let packed = &mut packed[..terms.next_multiple_of(STEP) / 2 * PANEL];
+            if how.transpose_b {
+                pack_rows(packed, &b[first * k..(first + count) * k], k, from, terms);
+            } else {
+                pack_columns(packed, &b[from * n..(from + terms) * n], n, first, count);
+            }
+            let accumulate = how.accumulate || from > 0;
+            let scale = how.scale;
+            let a = &a[from..];
+            let block = Block { a, stride, rows: m, b: packed, c, first, width: n, count, scale, accumulate };
+            match kernel {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: `available` found the instructions.
+                Kernel::Amx => unsafe { amx::block(&block) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Kernel::Avx512Bf16 => unsafe { avx512::block(&block) },
+                #[cfg(not(target_arch = "x86_64"))]
+                Kernel::Amx | Kernel::Avx512Bf16 => unreachable!("not found on this CPU"),
+            }
+        }
+    });
+}
+
+/// `[m, k]` as bfloat16 `[m, stride]`, the nearest ones; zeros behind.
+fn rounded(a: &[f32], (m, k): (usize, usize), stride: usize) -> Vec<bf16> {
+    // A kernel reads up to one step behind a row's part.
+    let mut narrow = vec![bf16::ZERO; m * stride];
+    let all = Disjoint::new(&mut narrow);
+    const TOGETHER: usize = 16;
+    for_tasks(m.div_ceil(TOGETHER), |i| {
+        let rows = i * TOGETHER..m.min((i + 1) * TOGETHER);
+        // SAFETY: tasks have distinct rows.
+        let narrow = unsafe { all.slice(rows.start * stride, rows.len() * stride) };
+        vectorized!(|| {
+            for (row, narrow) in rows.clone().zip(narrow.chunks_exact_mut(stride)) {
+                for (to, from) in narrow.iter_mut().zip(&a[row * k..(row + 1) * k]) {
+                    // To the nearest, ties to even; what is not a number stays none, for its top bit is set.
+                    let bits = from.to_bits();
+                    let up = 0x7fff + (bits >> 16 & 1);
+                    let rounded = if from.is_nan() { bits | 0x0040_0000 } else { bits.wrapping_add(up) };
+                    *to = bf16::from_bits((rounded >> 16) as u16);
+                }
+            }
+        },);
+    });
+    narrow
+}
+
+/// Terms `from..from + terms` of weights `[count, k]`.
+fn pack_rows(packed: &mut [Pair], b: &[bf16], k: usize, from: usize, terms: usize) {
+    const SIDE: usize = 16;
+    let (count, pairs) = (b.len() / k, terms / 2 / SIDE * SIDE);
+    if count < PANEL || pairs * 2 < terms {
+        packed.fill(Pair::default());
+    }
+    let squares = if cfg!(target_arch = "x86_64") { count / SIDE } else { 0 };
+    for square in 0..squares {
+        for pair in (0..pairs).step_by(SIDE) {
+            let source = &b[square * SIDE * k + from + 2 * pair..][..(SIDE - 1) * k + 2 * SIDE];
+            let to = &mut packed[pair * PANEL + square * SIDE..][..(SIDE - 1) * PANEL + SIDE];
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the slices have 16 rows of 16 pairs; who packs has AVX-512.
+            unsafe {
+                avx512::transpose(to.as_mut_ptr(), source.as_ptr(), k)
+            };
+        }
+    }
+    for (output, row) in b.chunks_exact(k).enumerate() {
+        let done = if output < squares * SIDE { pairs } else { 0 };
+        let column = packed[output..].iter_mut().step_by(PANEL).skip(done);
+        for (pair, terms) in column.zip(row[from + 2 * done..from + terms].chunks(2)) {
+            let high = terms.get(1).map_or(0, |x| u32::from(x.to_bits()) << 16);
+            *pair = Pair(u32::from(terms[0].to_bits()) | high);
+        }
+    }
+}
+
+/// Outputs `first..first + count` of weights `[terms, n]`.
+fn pack_columns(packed: &mut [Pair], b: &[bf16], n: usize, first: usize, count: usize) {
+    packed.fill(Pair::default());
+    vectorized!(|| {
+        for (pairs, rows) in packed.chunks_exact_mut(PANEL).zip(b.chunks(2 * n)) {
+            let (low, high) = rows.split_at(n);
+            let low = &low[first..first + count];
+            match high.get(first..first + count) {
+                Some(high) => {
+                    for ((pair, low), high) in pairs.iter_mut().zip(low).zip(high) {
+                        *pair = Pair(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
+                    }
+                }
+                None => {
+                    for (pair, low) in pairs.iter_mut().zip(low) {
+                        *pair = Pair(u32::from(low.to_bits()));
+                    }
+                }
+            }
+        }
+    },);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn every_kernel_gives_the_products_of_rounded_numbers() {
+        let found = available();
+        println!("kernels on this CPU: {found:?}");
+        let sizes = [
+            (1, 1, 1),
+            (5, 33, 31),
+            (12, 32, 64),
+            (13, 70, 65),
+            (17, 16, 96),
+            (33, 100, 40),
+            (64, 31, 1100),
+            (100, 64, 2049),
+        ];
+        for (m, n, k) in sizes {
+            let (a, b, old) = (numbers(m * k, 1), numbers(n * k, 2), numbers(m * n, 3));
+            let b: Vec<bf16> = b.into_iter().map(bf16::from_f32).collect();
+            let round = |x: f32| f64::from(bf16::from_f32(x).to_f32());
+            for transpose_b in [true, false] {
+                let expected = |i: usize, j: usize| -> f64 {
+                    let b = |t: usize| f64::from(if transpose_b { b[j * k + t] } else { b[t * n + j] }.to_f32());
+                    (0..k).map(|t| round(a[i * k + t]) * b(t)).sum()
+                };
+                for &kernel in &found {
+                    for (scale, accumulate) in [(1.0, false), (0.5, true)] {
+                        let how = Gemm { transpose_a: false, transpose_b, scale, accumulate };
+                        let mut c = old.clone();
+                        product(kernel, &mut c, &a, &b, (m, n, k), how);
+                        for (at, c) in c.iter().enumerate() {
+                            let before = if accumulate { f64::from(old[at]) } else { 0.0 };
+                            let expected = before + f64::from(scale) * expected(at / n, at % n);
+                            let off = (f64::from(*c) - expected).abs();
+                            assert!(
+                                off < 2e-5 * (k as f64).sqrt(),
+                                "{kernel:?}, {m} {n} {k}, transposed {transpose_b}, at {at}: {c}, not {expected}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
