@@ -10,17 +10,22 @@ const TOKENS: usize = 1024;
 fn gemm(c: &mut Criterion) {
     let cpu = liger_cpu::Cpu::new();
     let mut group = c.benchmark_group("gemm");
-    for (tokens, input, out) in [(1, 576, 1536), (16, 576, 1536), (TOKENS, 576, 1536), (TOKENS, 1536, 576)] {
+    group.sample_size(10);
+    let sizes = [(1, 576, 1536), (16, 576, 1536), (TOKENS, 576, 1536), (TOKENS, 1536, 576), (TOKENS, 4096, 14336)];
+    for (tokens, input, out) in sizes {
         let ones = |shape: &[usize]| cpu.upload(vec![1.0; shape.iter().product()], shape, DType::F32).unwrap();
-        let (x, w, dy) = (ones(&[tokens, input]), ones(&[out, input]), ones(&[tokens, out]));
+        let (x, dy) = (ones(&[tokens, input]), ones(&[tokens, out]));
         let (mut y, mut dx) = (ones(&[tokens, out]), ones(&[tokens, input]));
         group.throughput(Throughput::Elements((2 * tokens * input * out) as u64));
-        group.bench_function(format!("linear {tokens}x{input}x{out}"), |b| {
-            b.iter(|| cpu.gemm(&mut y, &x, &w, Gemm::LINEAR).unwrap());
-        });
-        group.bench_function(format!("input gradient {tokens}x{out}x{input}"), |b| {
-            b.iter(|| cpu.gemm(&mut dx, &dy, &w, Gemm::INPUT_GRADIENT).unwrap());
-        });
+        for dtype in [DType::F32, DType::Bf16, DType::Q8_0, DType::Q4_1] {
+            let w = cpu.random(&[out, input], 1.0, 0, dtype).unwrap();
+            group.bench_function(format!("linear {tokens}x{input}x{out} {}", dtype.name()), |b| {
+                b.iter(|| cpu.gemm(&mut y, &x, &w, Gemm::LINEAR).unwrap());
+            });
+            group.bench_function(format!("input gradient {tokens}x{out}x{input} {}", dtype.name()), |b| {
+                b.iter(|| cpu.gemm(&mut dx, &dy, &w, Gemm::INPUT_GRADIENT).unwrap());
+            });
+        }
     }
 }
 

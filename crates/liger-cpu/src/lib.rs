@@ -23,6 +23,7 @@ mod loss;
 mod math;
 mod memory;
 mod parallel;
+mod profile;
 mod quantized;
 mod recurrence;
 mod team;
@@ -44,12 +45,23 @@ use crate::quantized::Quantized;
 #[derive(Default)]
 pub struct Cpu {
     pool: Arc<Pool>,
+    profile: profile::Profile,
 }
 
 impl Cpu {
     /// The CPU, on as many threads as the global rayon pool has.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Measures every operation from now on.
+    pub fn start_profile(&self) {
+        self.profile.start();
+    }
+
+    /// Name, number of runs and milliseconds of what ran since [`Cpu::start_profile`], longest first.
+    pub fn finish_profile(&self) -> Vec<(String, usize, f64)> {
+        self.profile.finish()
     }
 }
 
@@ -156,33 +168,37 @@ impl Ops for Cpu {
     }
 
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
-        gemm::gemm(c, a, b, how)
+        self.profile.time("gemm", || gemm::gemm(c, a, b, how))
     }
 
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {
-        elementwise::add_bias(x, bias)
+        self.profile.time("add_bias", || elementwise::add_bias(x, bias))
     }
 
     fn axpby(&self, y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()> {
-        elementwise::axpby(y, a, x, b)
+        self.profile.time("axpby", || elementwise::axpby(y, a, x, b))
     }
 
     fn rms_norm_forward(&self, out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
-        elementwise::rms_norm_forward(out, x, weight, epsilon)
+        self.profile.time("rms_norm_forward", || elementwise::rms_norm_forward(out, x, weight, epsilon))
     }
 
     fn rms_norm_backward(&self, dx: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32, dy: &Tensor) -> Result<()> {
-        elementwise::rms_norm_backward(dx, x, weight, epsilon, dy)
+        self.profile.time("rms_norm_backward", || elementwise::rms_norm_backward(dx, x, weight, epsilon, dy))
     }
 
     fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()> {
-        elementwise::axpby(out, a, x, 0.0)?;
-        elementwise::axpby(out, b, y, 1.0)
+        self.profile.time("combine", || {
+            elementwise::axpby(out, a, x, 0.0)?;
+            elementwise::axpby(out, b, y, 1.0)
+        })
     }
 
     fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
-        elementwise::axpby(out, 1.0, x, 0.0)?;
-        elementwise::rope(out, angles.0, angles.1, false)
+        self.profile.time("rope_forward", || {
+            elementwise::axpby(out, 1.0, x, 0.0)?;
+            elementwise::rope(out, angles.0, angles.1, false)
+        })
     }
 
     fn rope_backward(
@@ -193,28 +209,30 @@ impl Ops for Cpu {
         angles: (&Tensor, &Tensor),
         add: Option<(f32, &Tensor)>,
     ) -> Result<()> {
-        elementwise::axpby(dx, scale, dy, 0.0)?;
-        elementwise::rope(dx, angles.0, angles.1, true)?;
-        match add {
-            Some((factor, add)) => elementwise::axpby(dx, factor, add, 1.0),
-            None => Ok(()),
-        }
+        self.profile.time("rope_backward", || {
+            elementwise::axpby(dx, scale, dy, 0.0)?;
+            elementwise::rope(dx, angles.0, angles.1, true)?;
+            match add {
+                Some((factor, add)) => elementwise::axpby(dx, factor, add, 1.0),
+                None => Ok(()),
+            }
+        })
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-        elementwise::swiglu_forward(out, gate, up)
+        self.profile.time("swiglu_forward", || elementwise::swiglu_forward(out, gate, up))
     }
 
     fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
-        elementwise::swiglu_backward(gate, up, dout)
+        self.profile.time("swiglu_backward", || elementwise::swiglu_backward(gate, up, dout))
     }
 
     fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {
-        elementwise::embedding(out, table, ids)
+        self.profile.time("embedding", || elementwise::embedding(out, table, ids))
     }
 
     fn dropout(&self, x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
-        elementwise::dropout(x, p, seed)
+        self.profile.time("dropout", || elementwise::dropout(x, p, seed))
     }
 
     fn attention_forward(
@@ -224,7 +242,7 @@ impl Ops for Cpu {
         cache: Option<&mut KeyValueCache>,
         _statistics: Option<&mut Tensor>,
     ) -> Result<()> {
-        attention::forward(out, inputs, cache)
+        self.profile.time("attention_forward", || attention::forward(out, inputs, cache))
     }
 
     fn attention_backward(
@@ -235,7 +253,7 @@ impl Ops for Cpu {
         _statistics: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
-        attention::backward(gradients, inputs, dout)
+        self.profile.time("attention_backward", || attention::backward(gradients, inputs, dout))
     }
 
     fn key_novelty(
@@ -245,7 +263,7 @@ impl Ops for Cpu {
         sequences: &Sequences,
         state: Option<&mut Tensor>,
     ) -> Result<()> {
-        attention::novelty(scores, k, sequences, state)
+        self.profile.time("key_novelty", || attention::novelty(scores, k, sequences, state))
     }
 
     fn features_forward(
@@ -257,7 +275,7 @@ impl Ops for Cpu {
         k: &Tensor,
         spec: FeatureSpec,
     ) -> Result<()> {
-        features::forward(query, key, log_gate, q, k, spec)
+        self.profile.time("features_forward", || features::forward(query, key, log_gate, q, k, spec))
     }
 
     fn features_backward(
@@ -269,23 +287,23 @@ impl Ops for Cpu {
         k: &Tensor,
         spec: FeatureSpec,
     ) -> Result<()> {
-        features::backward(dquery, dkey, dlog_gate, q, k, spec)
+        self.profile.time("features_backward", || features::backward(dquery, dkey, dlog_gate, q, k, spec))
     }
 
     fn slot_gates_forward(&self, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {
-        features::slot_gates_forward(log_gate, write, k)
+        self.profile.time("slot_gates_forward", || features::slot_gates_forward(log_gate, write, k))
     }
 
     fn slot_gates_backward(&self, dk: &mut Tensor, dlog_gate: &Tensor, dwrite: &Tensor, k: &Tensor) -> Result<()> {
-        features::slot_gates_backward(dk, dlog_gate, dwrite, k)
+        self.profile.time("slot_gates_backward", || features::slot_gates_backward(dk, dlog_gate, dwrite, k))
     }
 
     fn softmax_forward(&self, x: &mut Tensor) -> Result<()> {
-        elementwise::softmax_forward(x)
+        self.profile.time("softmax_forward", || elementwise::softmax_forward(x))
     }
 
     fn softmax_backward(&self, dy: &mut Tensor, y: &Tensor) -> Result<()> {
-        elementwise::softmax_backward(dy, y)
+        self.profile.time("softmax_backward", || elementwise::softmax_backward(dy, y))
     }
 
     fn gated_recurrence_forward(
@@ -295,7 +313,7 @@ impl Ops for Cpu {
         state: Option<&mut Tensor>,
         _kept: Option<&mut Tensor>,
     ) -> Result<()> {
-        recurrence::forward(out, inputs, state)
+        self.profile.time("gated_recurrence_forward", || recurrence::forward(out, inputs, state))
     }
 
     fn gated_recurrence_backward(
@@ -306,15 +324,15 @@ impl Ops for Cpu {
         _kept: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
-        recurrence::backward(gradients, inputs, initial, dout)
+        self.profile.time("gated_recurrence_backward", || recurrence::backward(gradients, inputs, initial, dout))
     }
 
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
-        loss::argmax(logits)
+        self.profile.time("argmax", || loss::argmax(logits))
     }
 
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
-        loss::cross_entropy(logits, labels, gradient_scale)
+        self.profile.time("cross_entropy", || loss::cross_entropy(logits, labels, gradient_scale))
     }
 
     fn kl_divergence(
@@ -324,14 +342,14 @@ impl Ops for Cpu {
         count: &[bool],
         gradient_scale: Option<f32>,
     ) -> Result<Vec<f32>> {
-        loss::kl_divergence(student, teacher, count, gradient_scale)
+        self.profile.time("kl_divergence", || loss::kl_divergence(student, teacher, count, gradient_scale))
     }
 
     fn sum_of_squares(&self, tensors: &[&Tensor]) -> Result<f64> {
-        loss::sum_of_squares(tensors)
+        self.profile.time("sum_of_squares", || loss::sum_of_squares(tensors))
     }
 
     fn adamw(&self, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()> {
-        parameters.iter_mut().try_for_each(|parameter| loss::adamw(parameter, step))
+        self.profile.time("adamw", || parameters.iter_mut().try_for_each(|parameter| loss::adamw(parameter, step)))
     }
 }

@@ -40,7 +40,7 @@ pub struct Args {
     /// What of a training step's forward is kept [default: auto, what fits]
     #[arg(long, value_enum, default_value = "auto")]
     recompute: RecomputeArg,
-    /// Print where the time goes, kernel by kernel (on a GPU)
+    /// Print where the time goes, kernel by kernel or (on the CPU) operation by operation
     #[arg(long)]
     profile: bool,
     /// Draw the figures to this SVG file
@@ -341,17 +341,28 @@ impl Bench<'_> {
 
     /// Runs `f` once more and prints what ran, if `--profile` asks for it.
     fn profile(&self, what: &str, mut f: impl FnMut() -> Result<()>) -> Result<()> {
-        let Some(gpu) = self.ops.as_any().downcast_ref::<liger_cuda::Cuda>().filter(|_| self.args.profile) else {
+        if !self.args.profile {
+            return Ok(());
+        }
+        let any = self.ops.as_any();
+        let (spent, end) = if let Some(gpu) = any.downcast_ref::<liger_cuda::Cuda>() {
+            gpu.start_profile();
+            let before = gpu.blocks_taken();
+            f()?;
+            let taken = gpu.blocks_taken() - before;
+            (gpu.finish_profile()?, format!("blocks of memory taken from the driver: {taken}\n"))
+        } else if let Some(cpu) = any.downcast_ref::<liger_cpu::Cpu>() {
+            cpu.start_profile();
+            let start = Instant::now();
+            f()?;
+            (cpu.finish_profile(), format!("{:.3} ms in all\n", start.elapsed().as_secs_f64() * 1e3))
+        } else {
             return Ok(());
         };
-        gpu.start_profile();
-        let before = gpu.blocks_taken();
-        f()?;
-        let taken = gpu.blocks_taken() - before;
         let mut table = Table::new([what, "runs", "ms"]);
-        for (name, runs, time) in gpu.finish_profile()?.into_iter().take(40) {
+        for (name, runs, time) in spent.into_iter().take(40) {
             table.row([name, runs.to_string(), format!("{time:.3}")]);
         }
-        print(&format!("{}blocks of memory taken from the driver: {taken}\n\n", table.to_text()))
+        print(&format!("{}{end}\n", table.to_text()))
     }
 }

@@ -54,26 +54,40 @@ struct Configuration {
 pub(super) unsafe fn block(p: &Block<'_>) {
     let terms = p.b.len() / PANEL * 2;
     assert!(terms.is_multiple_of(STEP) && (p.rows == 0 || p.a.len() >= (p.rows - 1) * p.stride + terms));
+    // Sums of whole panels go straight to where they belong.
+    let is_whole = p.scale == 1.0 && p.count == PANEL;
+    let mut apart = [0.0f32; 2 * SIDE * PANEL];
+    let mut configured = [0; 2];
     let mut row = 0;
     while row < p.rows {
         let rows = [SIDE.min(p.rows - row), SIDE.min((p.rows - row).saturating_sub(SIDE))];
-        let mut sums = [0.0f32; 2 * SIDE * PANEL];
-        // SAFETY: as this function's; all memory that the tiles cover was asserted above.
-        unsafe { tiles(p, row, rows, terms, &mut sums) };
-        for (r, sums) in sums.chunks_exact(PANEL).take(rows[0] + rows[1]).enumerate() {
-            p.store(row + r, sums);
+        if rows != configured {
+            // SAFETY: as this function's.
+            unsafe { configure(rows) };
+            configured = rows;
         }
-        row += rows[0] + rows[1];
+        let last = row + rows[0] + rows[1];
+        if is_whole {
+            // Both ends are looked at; the tiles write the panel's columns of the rows between.
+            let (first, _) = (p.outputs(row).as_mut_ptr(), p.outputs(last - 1));
+            // SAFETY: as this function's; all memory that the tiles cover was looked at.
+            unsafe { tiles(p, row, rows, terms, (first, p.width), p.accumulate) };
+        } else {
+            // SAFETY: as above.
+            unsafe { tiles(p, row, rows, terms, (apart.as_mut_ptr(), PANEL), false) };
+            apart.chunks_exact(PANEL).zip(row..last).for_each(|(sums, row)| p.store(row, sums));
+        }
+        row = last;
     }
     // SAFETY: gives the tiles' state up; a thread that holds it is slower to switch.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// Sums `[rows, 32]` of one or two tiles of rows.
+/// Tiles for so many rows.
 ///
 /// # Safety
-/// [`is_there`] must have said so, and `p` must hold `rows[0] + rows[1]` rows from `row` on, of `terms` terms.
-unsafe fn tiles(p: &Block<'_>, row: usize, rows: [usize; 2], terms: usize, sums: &mut [f32; 2 * SIDE * PANEL]) {
+/// [`is_there`] must have said so.
+unsafe fn configure(rows: [usize; 2]) {
     let mut configuration =
         Configuration { palette: 1, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
     let second = rows[1].max(1);
@@ -81,14 +95,37 @@ unsafe fn tiles(p: &Block<'_>, row: usize, rows: [usize; 2], terms: usize, sums:
         configuration.row_bytes[tile] = 64;
         configuration.rows[tile] = of as u8;
     }
-    let a_stride = 2 * p.stride;
-    // Where there is no second tile of rows, its one row is the first one's again, and its sums are not stored.
-    let (a, apart) = (p.a[row * p.stride..].as_ptr(), if rows[1] > 0 { SIDE * a_stride } else { 0 });
-    // SAFETY: the caller's promises; tiles 0 to 7 are nobody else's in this thread.
+    // SAFETY: the caller's promise; the tiles are nobody else's in this thread.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
+}
+
+/// Sums `[rows, 32]` of one or two tiles of rows, to `c` with rows so many floats apart, or added to what is there.
+///
+/// # Safety
+/// The tiles must be configured for `rows`; `p` must hold that many rows from `row` on, of `terms` terms, and `c` have place
+/// for them.
+unsafe fn tiles(
+    p: &Block<'_>,
+    row: usize,
+    rows: [usize; 2],
+    terms: usize,
+    (c, c_width): (*mut f32, usize),
+    accumulate: bool,
+) {
+    // Where there is no second tile of rows, it is the first row again, and so are its sums.
+    let second = if rows[1] > 0 { SIDE } else { 0 };
+    let a = p.a[row * p.stride..].as_ptr();
+    // SAFETY: the caller's promises.
     unsafe {
         asm!(
-            "ldtilecfg [{configuration}]",
+            "test {accumulate}, {accumulate}", "jnz 3f",
             "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "jmp 2f",
+            "3:",
+            "tileloadd tmm0, [{c} + {c_stride}*1]",
+            "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
+            "tileloadd tmm2, [{c2} + {c_stride}*1]",
+            "tileloadd tmm3, [{c2} + {c_stride}*1 + 64]",
             "2:",
             "tileloadd tmm6, [{b} + {width}*1]",
             "tileloadd tmm4, [{a} + {a_stride}*1]",
@@ -100,21 +137,23 @@ unsafe fn tiles(p: &Block<'_>, row: usize, rows: [usize; 2], terms: usize, sums:
             "tdpbf16ps tmm3, tmm5, tmm7",
             "add {a}, 64", "add {a2}, 64", "add {b}, {b_step}",
             "dec {steps}", "jnz 2b",
-            "tilestored [{c} + {width}*1], tmm0",
-            "tilestored [{c} + {width}*1 + 64], tmm1",
-            "tilestored [{c2} + {width}*1], tmm2",
-            "tilestored [{c2} + {width}*1 + 64], tmm3",
-            configuration = in(reg) &raw const configuration,
+            // The second tiles first: where they are the first row again, the first ones overwrite it.
+            "tilestored [{c2} + {c_stride}*1], tmm2",
+            "tilestored [{c2} + {c_stride}*1 + 64], tmm3",
+            "tilestored [{c} + {c_stride}*1], tmm0",
+            "tilestored [{c} + {c_stride}*1 + 64], tmm1",
+            accumulate = in(reg) usize::from(accumulate),
             a = inout(reg) a => _,
-            a2 = inout(reg) a.byte_add(apart) => _,
-            a_stride = in(reg) a_stride,
+            a2 = inout(reg) a.add(second * p.stride) => _,
+            a_stride = in(reg) 2 * p.stride,
             b = inout(reg) p.b.as_ptr() => _,
             b_step = const 4 * PANEL * SIDE,
-            steps = inout(reg) terms / STEP => _,
-            c = in(reg) sums.as_mut_ptr(),
-            c2 = in(reg) sums.as_mut_ptr().add(SIDE * PANEL),
-            // Bytes of a row of a panel, and of 32 sums.
+            // Bytes of a row of a panel.
             width = in(reg) 4 * PANEL,
+            steps = inout(reg) terms / STEP => _,
+            c = in(reg) c,
+            c2 = in(reg) c.add(second * c_width),
+            c_stride = in(reg) 4 * c_width,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
