@@ -20,6 +20,22 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.0 { 0.0 } else { y }
 }
 
+/// Sine and cosine of an angle in revolutions, to about 1e-7; polynomials as in Cephes' `sinf` and `cosf`.
+#[inline(always)]
+pub(crate) fn sin_cos_of_revolutions(revolutions: f64) -> (f32, f32) {
+    const ROUND: f64 = 6_755_399_441_055_744.0; // 1.5 * 2^52: adding it rounds to an integer in the low bits
+    let shifted = 4.0 * revolutions + ROUND;
+    let quarter = shifted.to_bits() as u32;
+    let x = (std::f64::consts::FRAC_PI_2 * (4.0 * revolutions - (shifted - ROUND))) as f32; // up to pi/4
+    let z = x * x;
+    let sin = x + x * z * (-0.166_666_55 + z * (8.332_161e-3 - z * 1.951_529_6e-4));
+    let cos = 1.0 - 0.5 * z + z * z * (4.166_664_6e-2 + z * (-1.388_731_6e-3 + z * 2.443_315_7e-5));
+    let (s, c) = if quarter & 1 == 0 { (sin, cos) } else { (cos, sin) };
+    let s = if quarter & 2 == 0 { s } else { -s };
+    let c = if quarter.wrapping_add(1) & 2 == 0 { c } else { -c };
+    (s, c)
+}
+
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
@@ -107,6 +123,16 @@ pub(crate) fn maximum(row: &[f32]) -> f32 {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn sines_of_revolutions_are_accurate_over_long_texts() {
+        for i in 0..200_000 {
+            let revolutions = f64::from(i) * 0.137 - 9000.0;
+            let (s, c) = super::sin_cos_of_revolutions(revolutions);
+            let (sin, cos) = (std::f64::consts::TAU * revolutions.fract()).sin_cos();
+            assert!((f64::from(s) - sin).abs() < 2e-7 && (f64::from(c) - cos).abs() < 2e-7, "{revolutions}: {s} {c}");
+        }
+    }
+
     #[test]
     fn exp_is_accurate_over_its_range() {
         for i in -1000..=880 {

@@ -1,13 +1,11 @@
 //! Keys that stay when they leave the window: which ones, the scores that say so, and how far they are from a query.
 
-use std::f64::consts::TAU;
-
 use liger_tensor::checks::Heads;
 use liger_tensor::{Attention, AttentionSpec, Error, Keeping, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
 
 use super::{Source, kv_at, query_at};
-use crate::math::add_scaled;
-use crate::parallel::{Disjoint, for_tasks};
+use crate::math::{add_scaled, sin_cos_of_revolutions};
+use crate::parallel::{Disjoint, for_tasks, vectorized};
 
 /// A key that a query sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,11 +46,12 @@ impl Turns {
     /// Rotates a key after RoPE as if its position were `by` larger (or smaller).
     pub(super) fn turn(&self, key: &mut [f32], by: i64) {
         let (first, second) = key.split_at_mut(self.0.len());
-        for ((x, y), frequency) in first.iter_mut().zip(second).zip(&self.0) {
-            let (sin, cos) = (TAU * (by as f64 * frequency).fract()).sin_cos();
-            let (a, b) = (f64::from(*x), f64::from(*y));
-            (*x, *y) = ((a * cos - b * sin) as f32, (b * cos + a * sin) as f32);
-        }
+        vectorized!(|| {
+            for ((x, y), frequency) in first.iter_mut().zip(second).zip(&self.0) {
+                let (sin, cos) = sin_cos_of_revolutions(by as f64 * frequency);
+                (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
+            }
+        },);
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 use liger_tensor::DType;
 use liger_tensor::quantize::BLOCK;
 
-use super::{LANES, Line, Quantized, Rounded, STEP, Sixteen};
+use super::{LANES, Line, Quantized, Quants, Rounded, STEP, Sixteen};
 use crate::parallel::Disjoint;
 
 /// Most groups of 16 outputs that a tile has.
@@ -36,6 +36,17 @@ pub(crate) enum Kernel {
     Avx2,
     /// Plain loops.
     Portable,
+}
+
+impl Kernel {
+    /// Whether it takes activations as high and low bytes.
+    pub(super) fn takes_bytes(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Self::Avx512Vnni {
+            return true;
+        }
+        false
+    }
 }
 
 /// Those that this CPU has, best first.
@@ -82,7 +93,9 @@ struct Group<'a> {
 /// And of one row of x.
 #[derive(Clone, Copy)]
 struct Row<'a> {
-    quants: &'a [i8],
+    /// One of them.
+    words: &'a [i16],
+    bytes: &'a [i8],
     scales: &'a [f32],
     sums: &'a [i32],
 }
@@ -102,8 +115,11 @@ impl Piece<'_> {
 
     fn row(&self, row: usize) -> Row<'_> {
         let blocks = row * self.blocks()..(row + 1) * self.blocks();
-        let quants = &self.x.quants[blocks.start * BLOCK..blocks.end * BLOCK];
-        Row { quants, scales: &self.x.scales[blocks.clone()], sums: &self.x.sums[blocks] }
+        let (words, bytes) = match &self.x.quants {
+            Quants::Words(words) => (&words[blocks.start * BLOCK..blocks.end * BLOCK], &[][..]),
+            Quants::Bytes(bytes) => (&[][..], &bytes[2 * blocks.start * BLOCK..2 * blocks.end * BLOCK]),
+        };
+        Row { words, bytes, scales: &self.x.scales[blocks.clone()], sums: &self.x.sums[blocks] }
     }
 
     fn store(&self, row: usize, group: usize, sums: &[f32; LANES]) {
@@ -122,9 +138,9 @@ fn portable(p: &Piece<'_>) {
     for group in p.groups.clone() {
         let w = p.group(group);
         for row in p.rows.clone() {
-            let Row { quants, scales, sums } = p.row(row);
+            let Row { words, scales, sums, .. } = p.row(row);
             let mut total = [0.0f32; LANES];
-            for (b, x) in quants.chunks_exact(BLOCK).enumerate() {
+            for (b, x) in words.chunks_exact(BLOCK).enumerate() {
                 let mut sum = [-zero * sums[b]; LANES];
                 for (step, x) in x.chunks_exact(STEP).enumerate() {
                     let line = &w.quants[b * lines + step % lines].0;
@@ -192,16 +208,17 @@ macro_rules! tiles {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, _mm256_load_si256, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtph_ps, _mm512_dpbusd_epi32,
-        _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
-        _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps,
+        __m512, _mm256_load_si256, _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
+        _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32,
+        _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16,
+        _mm512_storeu_ps,
     };
 
     use super::{BLOCK, DType, LANES, Piece, STEP, Sixteen};
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn piece(p: &Piece<'_>) {
-        tiles!(p, tile, "avx512f,avx512bw,avx512vnni", [4: 1 2 3] [2: 1 2 3 4 5 6] [1: 1 2 3 4 5 6 7 8]);
+        tiles!(p, tile, "avx512f,avx512bw,avx512vnni", [4: 1 2] [2: 1 2 3 4] [1: 1 2 3 4 5 6 7 8]);
     }
 
     #[target_feature(enable = "avx512f")]
@@ -228,13 +245,14 @@ mod avx512 {
         let (blocks, zero) = (p.blocks(), p.w.zero());
         let lines = if FOUR { BLOCK / STEP / 2 } else { BLOCK / STEP };
         assert!(w.iter().all(|w| w.quants.len() == blocks * lines && w.scales.len() == blocks));
-        assert!(x.iter().all(|x| x.quants.len() == blocks * BLOCK));
+        assert!(x.iter().all(|x| x.bytes.len() == 2 * blocks * BLOCK));
         let low = _mm512_set1_epi8(15);
         let mut totals = [[_mm512_setzero_ps(); G]; R];
         for b in 0..blocks {
-            let mut sums = [[_mm512_setzero_si512(); G]; R];
+            // Sums of the high bytes and of the low ones.
+            let mut sums = [[[_mm512_setzero_si512(); G]; R]; 2];
             for r in 0..R {
-                sums[r] = [_mm512_set1_epi32(-zero * x[r].sums[b]); G];
+                sums[1][r] = [_mm512_set1_epi32(-zero * x[r].sums[b]); G];
             }
             for line in 0..lines {
                 let mut quants = [_mm512_setzero_si512(); G];
@@ -243,18 +261,23 @@ mod avx512 {
                     quants[g] = unsafe { _mm512_load_si512(w[g].quants.as_ptr().add(b * lines + line).cast()) };
                 }
                 for half in 0..BLOCK / STEP / lines {
-                    for r in 0..R {
-                        let at = b * BLOCK + (half * lines + line) * STEP;
-                        // SAFETY: four bytes, no alignment needed; as many as asserted.
-                        let terms = unsafe { x[r].quants.as_ptr().add(at).cast::<i32>().read_unaligned() };
-                        let terms = _mm512_set1_epi32(terms);
-                        for g in 0..G {
-                            let w = match (FOUR, half) {
-                                (false, _) => quants[g],
-                                (true, 0) => _mm512_and_si512(quants[g], low),
-                                (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(quants[g]), low),
-                            };
-                            sums[r][g] = _mm512_dpbusd_epi32(sums[r][g], w, terms);
+                    let mut halves = quants;
+                    for g in 0..G {
+                        halves[g] = match (FOUR, half) {
+                            (false, _) => quants[g],
+                            (true, 0) => _mm512_and_si512(quants[g], low),
+                            (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(quants[g]), low),
+                        };
+                    }
+                    for byte in 0..2 {
+                        for r in 0..R {
+                            let at = (2 * b + byte) * BLOCK + (half * lines + line) * STEP;
+                            // SAFETY: four bytes, no alignment needed; as many as asserted.
+                            let terms = unsafe { x[r].bytes.as_ptr().add(at).cast::<i32>().read_unaligned() };
+                            let terms = _mm512_set1_epi32(terms);
+                            for g in 0..G {
+                                sums[byte][r][g] = _mm512_dpbusd_epi32(sums[byte][r][g], halves[g], terms);
+                            }
                         }
                     }
                 }
@@ -263,7 +286,8 @@ mod avx512 {
                 let scale = numbers(&w[g].scales[b]);
                 for r in 0..R {
                     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[r].scales[b]));
-                    totals[r][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][g]), scale, totals[r][g]);
+                    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sums[0][r][g]), sums[1][r][g]);
+                    totals[r][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[r][g]);
                 }
                 if OFFSETS {
                     let offset = numbers(&w[g].offsets[b]);
@@ -288,10 +312,10 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        __m256, _mm_and_si128, _mm_load_si128, _mm_set1_epi8, _mm_set1_epi32, _mm_srli_epi16, _mm256_add_epi32,
-        _mm256_cvtepi8_epi16, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16, _mm256_cvtph_ps, _mm256_fmadd_ps,
-        _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_mul_ps, _mm256_permute4x64_epi64, _mm256_set1_epi32,
-        _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_storeu_ps,
+        __m256, _mm_and_si128, _mm_load_si128, _mm_set1_epi8, _mm_srli_epi16, _mm256_add_epi32, _mm256_cvtepi32_ps,
+        _mm256_cvtepu8_epi16, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_mul_ps,
+        _mm256_permute4x64_epi64, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setzero_ps,
+        _mm256_setzero_si256, _mm256_storeu_ps,
     };
 
     use super::{BLOCK, DType, LANES, Piece, STEP};
@@ -340,10 +364,10 @@ mod avx2 {
                         });
                     }
                     for r in 0..R {
-                        let terms = &x[r].quants[b * BLOCK + step * STEP..b * BLOCK + (step + 1) * STEP];
-                        // SAFETY: four bytes, no alignment needed.
-                        let terms = unsafe { terms.as_ptr().cast::<i32>().read_unaligned() };
-                        let terms = _mm256_cvtepi8_epi16(_mm_set1_epi32(terms));
+                        let terms = &x[r].words[b * BLOCK + step * STEP..b * BLOCK + (step + 1) * STEP];
+                        // SAFETY: eight bytes, no alignment needed.
+                        let terms = unsafe { terms.as_ptr().cast::<i64>().read_unaligned() };
+                        let terms = _mm256_set1_epi64x(terms);
                         for quarter in 0..4 {
                             let products = _mm256_madd_epi16(words[quarter], terms);
                             sums[r][quarter] = _mm256_add_epi32(sums[r][quarter], products);
