@@ -20,6 +20,7 @@ mod elementwise;
 mod features;
 mod gemm;
 mod loss;
+mod mapped;
 mod math;
 mod memory;
 mod parallel;
@@ -29,6 +30,7 @@ mod recurrence;
 mod team;
 
 use std::any::Any;
+use std::fs::File;
 use std::sync::Arc;
 
 use half::bf16;
@@ -106,11 +108,15 @@ impl Ops for Cpu {
         Ok(Tensor::host(
             shape,
             match dtype {
-                DType::F32 => Storage::F32(data),
-                DType::Bf16 => Storage::Bf16(data.into_iter().map(bf16::from_f32).collect()),
+                DType::F32 => Storage::F32(data.into()),
+                DType::Bf16 => Storage::Bf16(data.into_iter().map(bf16::from_f32).collect::<Vec<_>>().into()),
                 DType::Q8_0 | DType::Q4_1 => return self.upload_blocks(&quantize(&data, dtype), shape, dtype),
             },
         ))
+    }
+
+    fn open_matrix(&self, file: (&File, u64), stored: DType, shape: &[usize], dtype: DType) -> Result<Option<Tensor>> {
+        mapped::tensor(file, stored, shape, dtype)
     }
 
     fn takes_blocks(&self) -> bool {
@@ -129,7 +135,7 @@ impl Ops for Cpu {
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         match tensor.storage() {
-            Storage::F32(data) => Ok(data.clone()),
+            Storage::F32(data) => Ok(data.to_vec()),
             Storage::Bf16(data) => Ok(data.iter().map(|x| x.to_f32()).collect()),
             Storage::Device(_) => {
                 let weights = gemm::quantized_of(tensor)?;

@@ -199,7 +199,7 @@ impl Ops for Cuda {
 
     fn download(&self, tensor: &Tensor) -> Result<Vec<f32>> {
         match tensor.storage() {
-            Storage::F32(data) => Ok(data.clone()),
+            Storage::F32(data) => Ok(data.to_vec()),
             Storage::Bf16(data) => Ok(data.iter().map(|x| x.to_f32()).collect()),
             Storage::Device(_) if tensor.is_empty() => Ok(Vec::new()),
             Storage::Device(_) => {

@@ -7,6 +7,7 @@
 //! [`Sequences`] says where each begins, which slot of a decoding state it continues and at which position.
 //! One layout so serves packed training batches, ragged prefill and one-token decoding.
 
+mod buffer;
 pub mod checks;
 mod error;
 mod ops;
@@ -15,6 +16,7 @@ mod sequences;
 mod steps;
 mod tensor;
 
+pub use buffer::Buffer;
 pub use error::{Error, Result};
 pub use ops::{
     AdamwParameter, AdamwStep, Attention, AttentionGradients, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate,

@@ -1,4 +1,5 @@
 use std::any::Any;
+use std::fs::File;
 use std::ops::Range;
 
 use crate::{DType, Error, Result, Sequences, StepOps, Tensor};
@@ -358,6 +359,17 @@ pub trait Ops: Send + Sync {
     fn clear(&self, x: &mut Tensor) -> Result<()>;
     /// Copies `data` to the device and keeps it in `dtype`.
     fn upload(&self, data: Vec<f32>, shape: &[usize], dtype: DType) -> Result<Tensor>;
+    /// The matrix of type `stored` that lies in a file from a byte on, kept in `dtype`: where it is, if the device can read
+    /// it there. `None` where it has to be read and uploaded. The file must hold it whole.
+    fn open_matrix(
+        &self,
+        _file: (&File, u64),
+        _stored: DType,
+        _shape: &[usize],
+        _dtype: DType,
+    ) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
     /// Whether [`Ops::upload_blocks`] is there.
     fn takes_blocks(&self) -> bool {
         false

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::bf16;
 
 use crate::quantize::BLOCK;
-use crate::{Error, Result};
+use crate::{Buffer, Error, Result};
 
 /// Element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -59,9 +59,9 @@ pub trait DeviceMemory: Any + Send + Sync {
 /// Where the elements of a tensor are.
 pub enum Storage {
     /// In host memory.
-    F32(Vec<f32>),
+    F32(Buffer<f32>),
     /// In host memory.
-    Bf16(Vec<bf16>),
+    Bf16(Buffer<bf16>),
     /// On another device.
     Device(Box<dyn DeviceMemory>),
 }
@@ -93,7 +93,7 @@ impl Tensor {
     /// of whoever had the memory before.
     pub fn pooled(shape: &[usize], pool: &Arc<Pool>) -> Self {
         let data = pool.take(shape.iter().product());
-        Self { shape: shape.to_vec(), dtype: DType::F32, storage: Storage::F32(data), pool: Some(pool.clone()) }
+        Self { shape: shape.to_vec(), dtype: DType::F32, storage: Storage::F32(data.into()), pool: Some(pool.clone()) }
     }
 
     /// Wraps memory of another device.
@@ -162,13 +162,13 @@ impl Tensor {
         }
     }
 
-    /// The elements to write, if they are float32 in host memory.
+    /// The elements to write, if they are the tensor's own and float32 in host memory.
     ///
     /// # Errors
     /// [`Error::Storage`] for anything else.
     pub fn as_f32_mut(&mut self) -> Result<&mut [f32]> {
         match &mut self.storage {
-            Storage::F32(data) => Ok(data),
+            Storage::F32(Buffer::Owned(data)) => Ok(data),
             other => Err(wrong_storage(other)),
         }
     }
@@ -176,7 +176,8 @@ impl Tensor {
 
 fn wrong_storage(found: &Storage) -> Error {
     let found = match found {
-        Storage::F32(_) => "host float32",
+        Storage::F32(Buffer::Shared(_)) => "host float32 that is only read",
+        Storage::F32(Buffer::Owned(_)) => "host float32",
         Storage::Bf16(_) => "host bfloat16",
         Storage::Device(_) => "another device",
     };
@@ -185,7 +186,7 @@ fn wrong_storage(found: &Storage) -> Error {
 
 impl Drop for Tensor {
     fn drop(&mut self) {
-        if let (Some(pool), Storage::F32(data)) = (&self.pool, &mut self.storage) {
+        if let (Some(pool), Storage::F32(Buffer::Owned(data))) = (&self.pool, &mut self.storage) {
             pool.give_back(std::mem::take(data));
         }
     }

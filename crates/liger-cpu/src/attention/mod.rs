@@ -224,7 +224,7 @@ fn reserve(cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Re
                 to[..have * row].copy_from_slice(from);
             }
         }
-        *tensor = Tensor::host(&[slots, heads.kv, grown_rows, heads.dim], liger_tensor::Storage::F32(grown));
+        *tensor = Tensor::host(&[slots, heads.kv, grown_rows, heads.dim], liger_tensor::Storage::F32(grown.into()));
     }
     Ok(())
 }

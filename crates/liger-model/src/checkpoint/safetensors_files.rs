@@ -6,6 +6,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
+use liger_tensor::{DType, Ops, Tensor};
 use serde::Deserialize;
 
 use crate::error::{Error, Result, io};
@@ -218,6 +219,24 @@ impl TensorSource for SafetensorsFiles {
                 Err(Error::corrupt(path, problem))
             }
         }
+    }
+
+    fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
+        let located = self.tensors.get(name).ok_or_else(|| self.error(format!("tensor `{name}` is missing")))?;
+        let stored = match located.entry.dtype.as_str() {
+            "F32" => Some(DType::F32),
+            "BF16" => Some(DType::Bf16),
+            _ => None,
+        };
+        let dtype = dtype.or(stored).unwrap_or(DType::F32);
+        if let (Some(stored), 2) = (stored, shape.len()) {
+            let path = &self.paths[located.file];
+            let file = File::open(path).map_err(io(path, "read"))?;
+            if let Some(tensor) = ops.open_matrix((&file, located.start), stored, shape, dtype)? {
+                return Ok(tensor);
+            }
+        }
+        Ok(ops.upload(self.read(name)?, shape, dtype)?)
     }
 
     fn error(&self, problem: String) -> Error {
