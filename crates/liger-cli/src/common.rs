@@ -219,7 +219,7 @@ impl SamplingArgs {
 /// Where to write.
 #[derive(Args, Clone)]
 pub struct OutArgs {
-    /// Folder to write to
+    /// Folder (or, where the verb says so, file) to write to
     #[arg(long, short)]
     pub out: PathBuf,
     /// Write even if the folder is not empty
@@ -243,6 +243,21 @@ pub fn prepare_folder(folder: &Path, force: bool) -> Result<()> {
         bail!("{}: the folder is not empty; give another one, or --force to write into it", folder.display());
     }
     std::fs::create_dir_all(folder).with_context(|| format!("{}: cannot make the folder", folder.display()))
+}
+
+/// Refuses a file that is there already, that would have no folder, or of another ending.
+pub fn prepare_file(path: &Path, ending: &str, force: bool) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if path.extension().is_none_or(|found| found != ending) {
+        bail!("--out {}: expected a name that ends in .{ending}", path.display());
+    }
+    if path.is_dir() || !folder.is_dir() {
+        bail!("--out {}: expected a file in a folder that is there", path.display());
+    }
+    if path.exists() && !force {
+        bail!("{}: the file is there already; give another one, or --force to replace it", path.display());
+    }
+    Ok(())
 }
 
 /// The user's cache for one kind of thing: `XDG_CACHE_HOME` or `~/.cache`, `liger/NAME`.

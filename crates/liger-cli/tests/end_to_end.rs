@@ -111,6 +111,48 @@ fn logits_by_prefill_and_by_decoding_agree() {
 }
 
 #[test]
+fn quantised_files_are_written_and_used_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    write_model(&dir.join("base"));
+    std::fs::write(dir.join("ids.json"), "[[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]]").unwrap();
+    run(&["convert", "base", "--structure", "gla", "--window", "4", "--sinks", "2", "--out", "form"], dir);
+    let form = ["--structure", "gla", "--window", "4", "--sinks", "2"];
+    run(&[&["convert", "base", "--quantize", "q8_0", "--out", "8.gguf"][..], &form].concat(), dir);
+    // A file that is quantised already keeps its form.
+    run(&["convert", "8.gguf", "--quantize", "q4_1", "--out", "4.gguf"], dir);
+    let size = |name: &str| std::fs::metadata(dir.join(name)).unwrap().len();
+    assert!(size("4.gguf") < size("8.gguf") && size("8.gguf") < size("form/model.safetensors"));
+    let logits = |model: &str, mode: &str, more: &[&str]| {
+        let args = ["logits", model, "--input-ids", "ids.json", "--out", "l.safetensors", "--mode", mode];
+        run(&[&args[..], more].concat(), dir);
+        let bytes = std::fs::read(dir.join("l.safetensors")).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let data = tensors.tensor("logits").unwrap().data().to_vec();
+        data.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect::<Vec<_>>()
+    };
+    let off = |found: &[f64], exact: &[f64]| {
+        let norm = exact.iter().map(|x| x * x).sum::<f64>().sqrt();
+        found.iter().zip(exact).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt() / norm
+    };
+    let exact = logits("form", "prefill", &[]);
+    for (file, bound) in [("8.gguf", 4e-2), ("4.gguf", 0.6)] {
+        let packed = logits(file, "prefill", &[]);
+        assert!(off(&packed, &exact) < bound, "{file}: {:.1e}", off(&packed, &exact));
+        // Unpacked to float32, read with 8 or 4 bits, or decoded token by token, the weights are the same.
+        assert!(off(&logits(file, "prefill", &["--dtype", "f32"]), &packed) < 1e-3, "{file}");
+        assert!(off(&logits(file, "decode", &[]), &packed) < 1e-3, "{file}");
+    }
+    let eight = logits("8.gguf", "prefill", &[]);
+    assert!(off(&logits("form", "prefill", &["--dtype", "q8_0"]), &eight) < 1e-6);
+    assert!(run(&["info", "4.gguf"], dir).contains("Liger gla: window 4, 2 sinks"));
+    assert_eq!(run(&["generate", "8.gguf", "-p", "Hello", "-n", "4", "--json"], dir).lines().count(), 1);
+    let tuned = ["linearize", "8.gguf", "--out", "run"];
+    let (said, code) = failure(liger().args(tuned).current_dir(dir), dir);
+    assert!(code == Some(2) && said.contains("8.gguf"), "a Liger model is not converted again: {said}");
+}
+
+#[test]
 fn the_authors_format_is_written_and_read() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path();

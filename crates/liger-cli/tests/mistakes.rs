@@ -118,7 +118,11 @@ fn damaged_gguf_files() {
     write("d.gguf", &long_key);
     check(dir, &["info", "d.gguf"], "bytes wanted");
     write("e.gguf", &head(0, 0));
-    check(dir, &["info", "e.gguf"], "field `general.architecture`: found `nothing`, expected llama, qwen2 or qwen3");
+    check(
+        dir,
+        &["info", "e.gguf"],
+        "field `general.architecture`: found `nothing`, expected llama, qwen2, qwen3 or liger",
+    );
 }
 
 #[test]
@@ -191,6 +195,16 @@ fn tokens_adapters_and_contexts() {
     ok(&["convert", "base", "--window", "8", "--out", "form"]);
     ok(&["generate", "form", "--raw", "-p", &long, "-n", "40"]);
     check(dir, &["convert", "form", "--out", "again"], "form: already a Liger model");
+    let quantized = |out: &'static str| ["convert", "form", "--quantize", "q8_0", "--out", out];
+    check(dir, &quantized("q"), "--out q: expected a name that ends in .gguf");
+    check(dir, &quantized("nowhere/q.gguf"), "--out nowhere/q.gguf: expected a file in a folder that is there");
+    ok(&quantized("q.gguf"));
+    check(dir, &quantized("q.gguf"), "q.gguf: the file is there already; give another one, or --force");
+    check(
+        dir,
+        &["generate", "q.gguf", "-p", "x", "--device", "cuda", "--dtype", "q8_0"],
+        "--dtype: quantised weights are for the CPU; use bf16 on a GPU, or --device cpu",
+    );
 }
 
 #[cfg(target_os = "linux")]

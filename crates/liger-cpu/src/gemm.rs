@@ -98,10 +98,10 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
     if how.transpose_b && !how.transpose_a {
         let c = c.as_f32_mut()?;
         match (b.storage(), m >= TALL) {
-            (Storage::F32(b), false) => dots::product(c, a_data, &**b, (m, n, k), how.scale, how.accumulate),
-            (Storage::Bf16(b), false) => dots::product(c, a_data, &**b, (m, n, k), how.scale, how.accumulate),
-            (Storage::F32(b), true) => tall(c, a_data, &**b, (m, n, k), how),
-            (Storage::Bf16(b), true) => tall(c, a_data, &**b, (m, n, k), how),
+            (Storage::F32(b), false) => dots::product(c, a_data, b, (m, n, k), how.scale, how.accumulate),
+            (Storage::Bf16(b), false) => dots::product(c, a_data, b, (m, n, k), how.scale, how.accumulate),
+            (Storage::F32(b), true) => tall(c, a_data, b, (m, n, k), how),
+            (Storage::Bf16(b), true) => tall(c, a_data, b, (m, n, k), how),
             (Storage::Device(_), _) => quantized::product(c, a_data, quantized_of(b)?, m, how.scale, how.accumulate),
         }
         return Ok(());

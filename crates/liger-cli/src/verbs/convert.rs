@@ -1,15 +1,17 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use liger_model::checkpoint::{SaveFormat, save_model};
+use liger_model::checkpoint::{SaveFormat, save_gguf, save_model};
 use liger_model::{LigerConfig, Structure};
 use liger_tensor::DType;
 
-use crate::common::{DeviceArgs, OutArgs, Precision, print};
+use crate::common::{DeviceArgs, OutArgs, Precision, prepare_file, print};
 
-/// Write the Liger form of a model without tuning it.
+/// Write the Liger form of a model without tuning it, or a Liger model with quantised weights
 #[derive(clap::Args)]
-#[command(after_help = "Example: liger convert Llama-3.2-1B --structure gla --sinks 4 --out llama-liger")]
+#[command(
+    after_help = "Example: liger convert Llama-3.2-1B --structure gla --sinks 4 --out llama-liger\n\nWith --quantize q8_0 --out FILE.gguf one file is written; a tuned model keeps its form."
+)]
 pub struct Args {
     /// Model folder or GGUF file
     model: PathBuf,
@@ -18,16 +20,37 @@ pub struct Args {
     /// Element type on disk [default: the model's own; bf16 for quantised files]
     #[arg(long, value_enum)]
     dtype: Option<Precision>,
+    /// Write one GGUF file, FILE.gguf, with weights of 8 or 4 bits
+    #[arg(long, value_enum, conflicts_with = "dtype")]
+    quantize: Option<Quantization>,
     #[command(flatten)]
     out: OutArgs,
+}
+
+/// Element type of a quantised file.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Quantization {
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_1")]
+    Q4_1,
+}
+
+impl From<Quantization> for DType {
+    fn from(quantization: Quantization) -> Self {
+        match quantization {
+            Quantization::Q8_0 => Self::Q8_0,
+            Quantization::Q4_1 => Self::Q4_1,
+        }
+    }
 }
 
 /// The form that the attention takes.
 #[derive(clap::Args)]
 pub struct FormArgs {
-    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept
-    #[arg(long, default_value = "gla")]
-    structure: String,
+    /// gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept [default: gla]
+    #[arg(long)]
+    structure: Option<String>,
     /// Keys that the softmax window sees
     #[arg(long, default_value_t = 64)]
     window: usize,
@@ -51,9 +74,10 @@ pub struct FormArgs {
 impl FormArgs {
     fn config(&self, layers: usize) -> Result<LigerConfig> {
         let Self { window, slots, ref softmax_layers, .. } = *self;
-        let Some(structure) = Structure::from_name(&self.structure) else {
+        let name = self.structure.as_deref().unwrap_or("gla");
+        let Some(structure) = Structure::from_name(name) else {
             let known = Structure::ALL.map(Structure::name).join(", ");
-            bail!("--structure: found `{}`, expected one of {known}", self.structure);
+            bail!("--structure: found `{name}`, expected one of {known}");
         };
         if window == 0 {
             bail!("--window: found 0, expected at least 1");
@@ -78,14 +102,26 @@ impl FormArgs {
 
 pub fn run(args: &Args) -> Result<()> {
     let checkpoint = crate::hub::open(&args.model)?;
-    if checkpoint.config.liger.is_some() {
-        bail!("{}: already a Liger model", args.model.display());
+    let form = match &checkpoint.config.liger {
+        None => args.form.config(checkpoint.config.num_layers)?,
+        Some(own) if args.quantize.is_some() && args.form.structure.is_none() => own.clone(),
+        Some(own) => {
+            let name = own.structure.name();
+            bail!("{}: already a Liger model, {name}; --quantize alone keeps its form", args.model.display());
+        }
+    };
+    let out = &args.out.out;
+    match args.quantize {
+        Some(_) => prepare_file(out, "gguf", args.out.force)?,
+        None => args.out.prepare()?,
     }
-    let form = args.form.config(checkpoint.config.num_layers)?;
-    args.out.prepare()?;
-    let device = DeviceArgs::cpu();
-    let decoder = checkpoint.load(device.open()?, DType::F32)?.with_attention(Some(form));
-    let dtype = args.dtype.map_or(checkpoint.stored_dtype, DType::from);
-    save_model(&args.out.out, &decoder, None, &checkpoint, dtype, SaveFormat::Liger)?;
-    print(&format!("wrote {}\n", args.out.out.display()))
+    let decoder = checkpoint.load(DeviceArgs::cpu().open()?, DType::F32)?.with_attention(Some(form));
+    match args.quantize {
+        Some(quantization) => save_gguf(out, &decoder, &checkpoint, quantization.into())?,
+        None => {
+            let dtype = args.dtype.map_or(checkpoint.stored_dtype, DType::from);
+            save_model(out, &decoder, None, &checkpoint, dtype, SaveFormat::Liger)?;
+        }
+    }
+    print(&format!("wrote {}\n", out.display()))
 }

@@ -85,6 +85,9 @@ struct Reader<'a, R> {
     path: &'a Path,
 }
 
+/// Of tensors, where the metadata says nothing.
+pub(crate) const ALIGNMENT: u64 = 32;
+
 const CUT: &str = "the file is cut short or damaged; download it again";
 
 impl<R: Read> Reader<'_, R> {
@@ -186,7 +189,7 @@ impl Directory {
         for _ in 0..tensor_count {
             entries.push(read_entry(&mut r)?);
         }
-        let alignment = metadata.get("general.alignment").and_then(MetadataValue::as_u64).unwrap_or(32);
+        let alignment = metadata.get("general.alignment").and_then(MetadataValue::as_u64).unwrap_or(ALIGNMENT);
         if alignment == 0 || alignment > 1 << 20 {
             return Err(Error::field(path, "general.alignment", alignment, "a small power of two"));
         }

@@ -38,6 +38,12 @@ impl BlockType {
         })
     }
 
+    /// ggml's number of the type.
+    pub(crate) fn id(self) -> u32 {
+        let is_it = |id: &u32| Self::from_id(*id) == Some(self);
+        (0..32).find(is_it).unwrap_or_default()
+    }
+
     /// Elements and bytes of one block.
     fn size(self) -> (usize, usize) {
         match self {

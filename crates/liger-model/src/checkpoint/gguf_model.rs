@@ -5,6 +5,7 @@ use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use liger_tensor::{DType, Ops, Tensor};
+use serde_json::{Map, Value};
 
 use super::gguf::{Directory, MetadataValue};
 use super::gguf_blocks::BlockType;
@@ -21,13 +22,21 @@ pub(crate) struct GgufSource {
     permuted_heads: Option<(usize, usize)>,
 }
 
-pub(crate) fn open(path: &Path) -> Result<(GgufSource, ModelConfig, Tokenizer)> {
+/// Architecture of this program's own files, and what they hold as texts: `config.json`, `tokenizer.json` and
+/// `tokenizer_config.json`.
+pub(crate) const ARCHITECTURE: &str = "liger";
+pub(crate) const CONFIG: &str = "liger.config";
+pub(crate) const TOKENIZER: &str = "tokenizer.huggingface.json";
+pub(crate) const TOKENIZER_CONFIG: &str = "liger.tokenizer_config";
+
+pub(crate) fn open(path: &Path) -> Result<(GgufSource, ModelConfig, Map<String, Value>, Tokenizer)> {
     let file = File::open(path).map_err(io(path, "read"))?;
     let length = file.metadata().map_err(io(path, "read"))?.len();
     let directory = Directory::read(BufReader::new(file), length, path)?;
     let mut source = GgufSource { path: path.to_owned(), directory, permuted_heads: None };
-    let config = source.config()?;
-    if config.family == Family::Llama {
+    let is_own = source.text("general.architecture") == Some(ARCHITECTURE);
+    let (config, config_json, tokenizer) = if is_own { source.own()? } else { source.foreign()? };
+    if config.family == Family::Llama && !is_own {
         source.permuted_heads = Some((config.num_heads, config.num_kv_heads));
     }
     for (name, shape) in expected_tensors(&config) {
@@ -39,13 +48,47 @@ pub(crate) fn open(path: &Path) -> Result<(GgufSource, ModelConfig, Tokenizer)> 
             None => return Err(source.error(format!("the tensor of `{name}` is missing"))),
         }
     }
-    let tokenizer = Tokenizer::from_gguf(&source.directory.metadata, path)?;
-    Ok((source, config, tokenizer))
+    Ok((source, config, config_json, tokenizer))
 }
+
+type Described = (ModelConfig, Map<String, Value>, Tokenizer);
 
 impl GgufSource {
     fn value(&self, key: &str) -> Option<&MetadataValue> {
         self.directory.metadata.get(key)
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.value(key).and_then(MetadataValue::as_text)
+    }
+
+    /// Of a file that [`save_gguf`](super::save_gguf) wrote.
+    fn own(&self) -> Result<Described> {
+        let required = |key: &str| self.text(key).ok_or_else(|| Error::field(&self.path, key, "nothing", "a text"));
+        let text = required(CONFIG)?;
+        let mut config = ModelConfig::parse(text, &self.path)?;
+        config.tie_word_embeddings = !self.directory.tensors.contains_key("output.weight");
+        let Ok(config_json) = serde_json::from_str(text) else {
+            return Err(Error::field(&self.path, CONFIG, "no JSON object", "the text of config.json"));
+        };
+        let tokenizer = match self.text(TOKENIZER) {
+            Some(json) => {
+                let template = self.text("tokenizer.chat_template");
+                Tokenizer::from_texts(json, required(TOKENIZER_CONFIG)?, template, &self.path)?
+            }
+            None => Tokenizer::bytes(),
+        };
+        Ok((config, config_json, tokenizer))
+    }
+
+    /// Of a file of llama.cpp's kind.
+    fn foreign(&self) -> Result<Described> {
+        let config = self.config()?;
+        let Value::Object(config_json) = config.to_json() else {
+            return Err(Error::corrupt(&self.path, "no metadata"));
+        };
+        let tokenizer = Tokenizer::from_gguf(&self.directory.metadata, &self.path)?;
+        Ok((config, config_json, tokenizer))
     }
 
     fn size(&self, key: &str) -> Result<Option<usize>> {
@@ -80,7 +123,7 @@ impl GgufSource {
         let architecture = self.value("general.architecture").and_then(MetadataValue::as_text).unwrap_or("nothing");
         let family = Family::from_name(architecture).filter(|f| *f != Family::Mistral).ok_or_else(|| {
             let found = format!("`{architecture}`");
-            Error::field(&self.path, "general.architecture", found, "llama, qwen2 or qwen3")
+            Error::field(&self.path, "general.architecture", found, "llama, qwen2, qwen3 or liger")
         })?;
         let key = |name: &str| format!("{architecture}.{name}");
         let embedding = self.directory.tensors.get("token_embd.weight");
@@ -192,7 +235,7 @@ impl GgufSource {
 }
 
 /// ggml's name of a tensor.
-fn ggml_name(name: &str) -> Option<String> {
+pub(crate) fn ggml_name(name: &str) -> Option<String> {
     let (stem, kind) = name.rsplit_once('.')?;
     let stem = match stem {
         "model.embed_tokens" => "token_embd".to_owned(),

@@ -6,6 +6,7 @@ mod gguf_model;
 mod peft;
 mod safetensors_files;
 mod save;
+mod save_gguf;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use serde_json::{Map, Value};
 pub use peft::{load_adapter, save_adapter};
 pub use safetensors_files::{SafetensorsFiles, WeightMap, read_safetensors_header};
 pub use save::{SaveFormat, save_model};
+pub use save_gguf::save_gguf;
 
 use crate::config::ModelConfig;
 use crate::decoder::Decoder;
@@ -68,10 +70,7 @@ impl Checkpoint {
                 remedy: "give a folder with config.json or a .gguf file".into(),
             });
         }
-        let (source, config, tokenizer) = gguf_model::open(path)?;
-        let Value::Object(config_json) = config.to_json() else {
-            return Err(Error::corrupt(path, "no metadata"));
-        };
+        let (source, config, config_json, tokenizer) = gguf_model::open(path)?;
         let is_quantized = source.is_quantized();
         let (path, source) = (path.to_owned(), Box::new(source));
         Ok(Self { path, config, config_json, tokenizer, stored_dtype: DType::Bf16, is_quantized, source })

@@ -70,6 +70,25 @@ impl Tokenizer {
         Self::build(json.to_string().into_bytes(), config, template, path)
     }
 
+    /// Out of the texts of `tokenizer.json`, `tokenizer_config.json` and the chat template; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] if one of them is damaged.
+    pub(crate) fn from_texts(json: &str, config: &str, template: Option<&str>, path: &Path) -> Result<Self> {
+        let config = serde_json::from_str(config)
+            .map_err(|e| Error::corrupt(path, format!("{CONFIG}: not a JSON object: {e}")))?;
+        Self::build(json.as_bytes().to_vec(), config, template.map(str::to_owned), path)
+    }
+
+    /// The same texts, the template empty if there is none; `None` without a vocabulary.
+    pub(crate) fn texts(&self) -> Option<[String; 3]> {
+        self.inner.as_ref()?;
+        let template = self.chat.as_ref().map_or(String::new(), |chat| chat.source().to_owned());
+        let mut config = self.config.clone();
+        config.remove("chat_template");
+        Some([String::from_utf8_lossy(&self.json).into_owned(), Value::Object(config).to_string(), template])
+    }
+
     /// No vocabulary: tokens are the bytes of the text. For models that come without a tokenizer, as fixtures do.
     pub fn bytes() -> Self {
         Self { inner: None, json: Vec::new(), config: Map::new(), chat: None }
