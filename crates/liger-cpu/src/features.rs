@@ -82,7 +82,7 @@ pub(crate) fn forward(
         let k = &k[first * d..first * d + out.len()];
         match spec.gate {
             Gate::LogSigmoid { divisor } => {
-                out.iter_mut().zip(k).for_each(|(g, k)| *g = -softplus(-k) / divisor);
+                vectorized!(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -softplus(-k) / divisor),);
             }
             Gate::NegativeExp => vectorized!(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -exp(*k)),),
             Gate::MeanLogSigmoid | Gate::MeanLogSigmoidOver { .. } | Gate::MeanNegativeSoftplus => {

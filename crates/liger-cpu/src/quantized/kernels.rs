@@ -141,7 +141,7 @@ fn portable(p: &Piece<'_>) {
             let Row { words, scales, sums, .. } = p.row(row);
             let mut total = [0.0f32; LANES];
             for (b, x) in words.chunks_exact(BLOCK).enumerate() {
-                let mut sum = [-zero * sums[b]; LANES];
+                let mut sum = [(-zero).wrapping_mul(sums[b]); LANES];
                 for (step, x) in x.chunks_exact(STEP).enumerate() {
                     let line = &w.quants[b * lines + step % lines].0;
                     for (sum, w) in sum.iter_mut().zip(line.chunks_exact(STEP)) {
@@ -151,7 +151,7 @@ fn portable(p: &Piece<'_>) {
                                 _ if step < lines => w & 15,
                                 _ => w >> 4,
                             };
-                            *sum += i32::from(w) * i32::from(*x);
+                            *sum = sum.wrapping_add(i32::from(w) * i32::from(*x));
                         }
                     }
                 }
@@ -252,7 +252,7 @@ mod avx512 {
             // Sums of the high bytes and of the low ones.
             let mut sums = [[[_mm512_setzero_si512(); G]; R]; 2];
             for r in 0..R {
-                sums[1][r] = [_mm512_set1_epi32(-zero * x[r].sums[b]); G];
+                sums[1][r] = [_mm512_set1_epi32((-zero).wrapping_mul(x[r].sums[b])); G];
             }
             for line in 0..lines {
                 let mut quants = [_mm512_setzero_si512(); G];
@@ -379,7 +379,7 @@ mod avx2 {
                         // Neighbours are added; then the outputs are 0 1 4 5 2 3 6 7.
                         let pairs = _mm256_hadd_epi32(sums[r][2 * half], sums[r][2 * half + 1]);
                         let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(pairs);
-                        let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(-zero * x[r].sums[b]));
+                        let sum = _mm256_add_epi32(sum, _mm256_set1_epi32((-zero).wrapping_mul(x[r].sums[b])));
                         let scale = _mm256_mul_ps(numbers(&w.scales[b].0, half), _mm256_set1_ps(x[r].scales[b]));
                         totals[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, totals[r][half]);
                         if OFFSETS {

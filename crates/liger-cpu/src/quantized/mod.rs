@@ -142,7 +142,7 @@ impl Quantized {
     }
 }
 
-/// Activations `[m, k]` in blocks of 16 bits: at most 127.5 times 256, so that both bytes are signed ones.
+/// Activations `[m, k]` in blocks of 16 bits: at most 127 times 256, so that both bytes are signed ones.
 struct Rounded {
     quants: Quants,
     /// `[m, k / 32]`: scale, and the sum of the quants.
@@ -150,7 +150,8 @@ struct Rounded {
     sums: Vec<i32>,
 }
 
-const LARGEST: f32 = 32_512.0; // 127 * 256
+/// 127 times 256.
+const LARGEST: f32 = 32_512.0;
 
 /// As the kernels take them.
 enum Quants {
@@ -186,7 +187,7 @@ impl Rounded {
                     let (high, low) = bytes.split_at_mut(BLOCK);
                     for ((high, low), quant) in high.iter_mut().zip(low).zip(quants) {
                         *low = *quant as i8;
-                        *high = ((quant - i32::from(*low)) >> 8) as i8;
+                        *high = (quant.wrapping_sub(i32::from(*low)) >> 8) as i8;
                     }
                 });
             } else {
@@ -228,7 +229,8 @@ fn round<const N: usize, T>(
             let mut total = 0;
             for (quant, x) in quants.iter_mut().zip(x) {
                 *quant = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                total += *quant;
+                // Of what is no number there is no sum; it must not stop the program either.
+                total = i32::wrapping_add(total, *quant);
             }
             *sum = total;
             put(out, &quants);
