@@ -7,6 +7,7 @@
 //! [`Sequences`] says where each begins, which slot of a decoding state it continues and at which position.
 //! One layout so serves packed training batches, ragged prefill and one-token decoding.
 
+mod attention;
 mod buffer;
 pub mod checks;
 mod error;
@@ -16,12 +17,12 @@ mod sequences;
 mod steps;
 mod tensor;
 
+pub use attention::{Attention, AttentionGradients, AttentionSpec, Keeping, KeptKeys, KeyValueCache};
 pub use buffer::Buffer;
 pub use error::{Error, Result};
 pub use ops::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, AttentionSpec, Draw, FeatureMap, FeatureSpec, Gate,
-    GateAxis, Gemm, Keeping, KeptKeys, KeyValueCache, Ops, Recurrence, RecurrenceGradients,
-    low_rank_backward_by_products, low_rank_forward_by_products,
+    AdamwParameter, AdamwStep, Draw, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence,
+    RecurrenceGradients, low_rank_backward_by_products, low_rank_forward_by_products,
 };
 pub use sequences::{Sequence, Sequences};
 pub use steps::{LigerStep, Recording, StepForm, StepLinear, StepOps, StepSpec};
