@@ -81,22 +81,42 @@ pub(crate) fn rms_norm_backward(dx: &mut Tensor, x: &Tensor, weight: &Tensor, ep
     Ok(())
 }
 
-pub(crate) fn rope(x: &mut Tensor, cos: &Tensor, sin: &Tensor, inverse: bool) -> Result<()> {
+pub(crate) fn rope(out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
+    turn(out, 0.0, (1.0, 1.0), x, angles)
+}
+
+/// `dx = keep dx + scale dy`, with `dy` turned back.
+pub(crate) fn rope_backward(
+    dx: &mut Tensor,
+    keep: f32,
+    scale: f32,
+    dy: &Tensor,
+    angles: (&Tensor, &Tensor),
+) -> Result<()> {
+    turn(dx, keep, (scale, -scale), dy, angles)
+}
+
+/// `out = keep out` plus `x` turned by the angles, cosines and sines times their factors. What is not kept is not read.
+fn turn(out: &mut Tensor, keep: f32, factors: (f32, f32), x: &Tensor, (cos, sin): (&Tensor, &Tensor)) -> Result<()> {
+    same_length("rope", out, x)?;
     let (heads, d, half) = (x.dim(1), x.dim(2), cos.dim(1));
     checks::rope(x, cos, sin)?;
-    let (cos, sin) = (cos.as_f32()?, sin.as_f32()?);
-    let sign = if inverse { -1.0 } else { 1.0 };
-    for_rows(x.as_f32_mut()?, heads * d, |first, rows| {
+    let (x, cos, sin) = (x.as_f32()?, cos.as_f32()?, sin.as_f32()?);
+    for_rows(out.as_f32_mut()?, heads * d, |first, rows| {
+        let x = &x[first * heads * d..first * heads * d + rows.len()];
         vectorized!(|| {
-            for (t, row) in rows.chunks_exact_mut(heads * d).enumerate() {
+            if keep == 0.0 {
+                rows.fill(0.0);
+            }
+            for (t, (row, x)) in rows.chunks_exact_mut(heads * d).zip(x.chunks_exact(heads * d)).enumerate() {
                 let angles = (first + t) * half..(first + t + 1) * half;
                 let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
-                for head in row.chunks_exact_mut(d) {
-                    let (x1, x2) = head.split_at_mut(half);
+                for (out, x) in row.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                    let ((out1, out2), (x1, x2)) = (out.split_at_mut(half), x.split_at(half));
                     for i in 0..half {
-                        let (a, b, s) = (x1[i], x2[i], sign * sin[i]);
-                        x1[i] = a * cos[i] - b * s;
-                        x2[i] = b * cos[i] + a * s;
+                        let (c, s) = (factors.0 * cos[i], factors.1 * sin[i]);
+                        out1[i] = keep * out1[i] + x1[i] * c - x2[i] * s;
+                        out2[i] = keep * out2[i] + x2[i] * c + x1[i] * s;
                     }
                 }
             }

@@ -1,9 +1,9 @@
 //! Feature maps of query and key, and the gates that come out of the key.
 
 use liger_tensor::checks::{self, same_length};
-use liger_tensor::{FeatureMap, FeatureSpec, Gate, Result, Tensor};
+use liger_tensor::{FeatureGradients, FeatureMap, FeatureSpec, Features, Gate, Result, Tensor};
 
-use crate::elementwise::softmax_backward_row;
+use crate::elementwise::{rope, rope_backward, softmax_backward_row};
 use crate::math::{dot, exp, sigmoid, softmax, softplus};
 use crate::parallel::{for_rows, vectorized};
 
@@ -67,13 +67,14 @@ fn mean(row: &[f32]) -> f32 {
 }
 
 pub(crate) fn forward(
-    query: &mut Tensor,
-    key: &mut Tensor,
-    log_gate: &mut Tensor,
-    q: &Tensor,
-    k: &Tensor,
+    out: Features<'_>,
+    (q, k): (&Tensor, &Tensor),
+    angles: (&Tensor, &Tensor),
     spec: FeatureSpec,
 ) -> Result<()> {
+    let Features { rope_q, rope_k, query, key, log_gate } = out;
+    rope(rope_q, q, angles)?;
+    rope(rope_k, k, angles)?;
     map_forward(query, q, spec.query)?;
     map_forward(key, k, spec.key)?;
     same_length("features_forward", log_gate, k)?;
@@ -105,14 +106,20 @@ pub(crate) fn forward(
 }
 
 pub(crate) fn backward(
-    dquery: &mut Tensor,
-    dkey: &mut Tensor,
-    dlog_gate: &Tensor,
-    q: &Tensor,
-    k: &Tensor,
+    gradients: FeatureGradients<'_>,
+    (q, k): (&Tensor, &Tensor),
+    angles: (&Tensor, &Tensor),
     spec: FeatureSpec,
 ) -> Result<()> {
-    map_backward(dquery, q, spec.query)?;
+    let FeatureGradients { q: dq, k: dk, log_gate, rope_q, rope_k, recurrent, window } = gradients;
+    map_backward(dq, q, spec.query)?;
+    key_backward(dk, log_gate, k, spec)?;
+    rope_backward(dq, recurrent, window, rope_q, angles)?;
+    rope_backward(dk, recurrent, window, rope_k, angles)
+}
+
+/// Overwrites the gradients of write key and log gate: `dkey` by that of `k`.
+fn key_backward(dkey: &mut Tensor, dlog_gate: &Tensor, k: &Tensor, spec: FeatureSpec) -> Result<()> {
     let through_share = share_backward(dkey, k, spec)?;
     map_backward(dkey, k, spec.key)?;
     same_length("features_backward", dlog_gate, k)?;

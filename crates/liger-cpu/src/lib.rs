@@ -37,8 +37,8 @@ use half::bf16;
 use liger_tensor::checks::row_range;
 use liger_tensor::quantize::{BLOCK, quantize};
 use liger_tensor::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureSpec, Gemm, KeyValueCache, Ops,
-    Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureGradients, FeatureSpec, Features,
+    Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
 };
 
 use crate::quantized::Quantized;
@@ -201,28 +201,18 @@ impl Ops for Cpu {
     }
 
     fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
-        self.profile.time("rope_forward", || {
-            elementwise::axpby(out, 1.0, x, 0.0)?;
-            elementwise::rope(out, angles.0, angles.1, false)
-        })
+        self.profile.time("rope_forward", || elementwise::rope(out, x, angles))
     }
 
     fn rope_backward(
         &self,
         dx: &mut Tensor,
+        keep: f32,
         scale: f32,
         dy: &Tensor,
         angles: (&Tensor, &Tensor),
-        add: Option<(f32, &Tensor)>,
     ) -> Result<()> {
-        self.profile.time("rope_backward", || {
-            elementwise::axpby(dx, scale, dy, 0.0)?;
-            elementwise::rope(dx, angles.0, angles.1, true)?;
-            match add {
-                Some((factor, add)) => elementwise::axpby(dx, factor, add, 1.0),
-                None => Ok(()),
-            }
-        })
+        self.profile.time("rope_backward", || elementwise::rope_backward(dx, keep, scale, dy, angles))
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
@@ -274,26 +264,24 @@ impl Ops for Cpu {
 
     fn features_forward(
         &self,
-        query: &mut Tensor,
-        key: &mut Tensor,
-        log_gate: &mut Tensor,
+        out: Features<'_>,
         q: &Tensor,
         k: &Tensor,
+        angles: (&Tensor, &Tensor),
         spec: FeatureSpec,
     ) -> Result<()> {
-        self.profile.time("features_forward", || features::forward(query, key, log_gate, q, k, spec))
+        self.profile.time("features_forward", || features::forward(out, (q, k), angles, spec))
     }
 
     fn features_backward(
         &self,
-        dquery: &mut Tensor,
-        dkey: &mut Tensor,
-        dlog_gate: &Tensor,
+        gradients: FeatureGradients<'_>,
         q: &Tensor,
         k: &Tensor,
+        angles: (&Tensor, &Tensor),
         spec: FeatureSpec,
     ) -> Result<()> {
-        self.profile.time("features_backward", || features::backward(dquery, dkey, dlog_gate, q, k, spec))
+        self.profile.time("features_backward", || features::backward(gradients, (q, k), angles, spec))
     }
 
     fn slot_gates_forward(&self, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {

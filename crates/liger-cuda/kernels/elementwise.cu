@@ -116,9 +116,9 @@ extern "C" __global__ void rms_norm_backward(act* dx, const act* x, const float*
     }
 }
 
-// out = x turned by cos, sin [N, D/2], plus `add` if there is one; x [N, heads, D], one thread a pair.
-extern "C" __global__ void rope(act* out, const act* x, const act* add, const float* cosines, const float* sines, int heads,
-                                int dim, float sign, float scale, float add_scale, long long pairs) {
+// out = keep out + scale x turned by cos, sin [N, D/2]; x [N, heads, D], one thread a pair. What is not kept is not read.
+extern "C" __global__ void rope(act* out, const act* x, const float* cosines, const float* sines, int heads, int dim, float sign,
+                                float scale, float keep, long long pairs) {
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= pairs) return;
     int half = dim / 2;
@@ -129,14 +129,14 @@ extern "C" __global__ void rope(act* out, const act* x, const act* add, const fl
     long long low = head * dim + d, high = low + half;
     float a = to_float(x[low]), b = to_float(x[high]);
     float left = a * c - b * s, right = b * c + a * s;
-    if (add != nullptr) left += add_scale * to_float(add[low]), right += add_scale * to_float(add[high]);
+    if (keep != 0.0f) left += keep * to_float(out[low]), right += keep * to_float(out[high]);
     out[low] = from_float<act>(left);
     out[high] = from_float<act>(right);
 }
 
 // The same where D is a multiple of 8: one thread four pairs.
-extern "C" __global__ void rope_fours(act* out, const act* x, const act* add, const float* cosines, const float* sines,
-                                      int heads, int dim, float sign, float scale, float add_scale, long long pairs) {
+extern "C" __global__ void rope_fours(act* out, const act* x, const float* cosines, const float* sines, int heads, int dim,
+                                      float sign, float scale, float keep, long long pairs) {
     u32 i = blockIdx.x * blockDim.x + threadIdx.x, half = dim / 2, fours = half / 4;
     if (i >= pairs / 4) return;
     u32 d = i % fours * 4, head = i / fours, token = head / heads;
@@ -145,10 +145,10 @@ extern "C" __global__ void rope_fours(act* out, const act* x, const act* add, co
     long long low = static_cast<long long>(head) * dim + d, high = low + half;
     float4 a = load4(x + low), b = load4(x + high);
     float4 left = make_float4(0.0f, 0.0f, 0.0f, 0.0f), right = left;
-    if (add != nullptr) {
-        left = load4(add + low), right = load4(add + high);
-        left.x *= add_scale, left.y *= add_scale, left.z *= add_scale, left.w *= add_scale;
-        right.x *= add_scale, right.y *= add_scale, right.z *= add_scale, right.w *= add_scale;
+    if (keep != 0.0f) {
+        left = load4(out + low), right = load4(out + high);
+        left.x *= keep, left.y *= keep, left.z *= keep, left.w *= keep;
+        right.x *= keep, right.y *= keep, right.z *= keep, right.w *= keep;
     }
     float turn = sign * scale;
     left.x += a.x * (scale * c.x) - b.x * (turn * s.x), right.x += b.x * (scale * c.x) + a.x * (turn * s.x);

@@ -1,4 +1,5 @@
-// Feature maps of query and key, and the gates that come out of the key. One warp a row of a head.
+// What Liger Attention makes of query and key before its branches, in one pass: RoPE for the window, feature maps and gates
+// for the recurrence.
 
 __device__ __forceinline__ float row_mean(const act* x, int dim) {
     float sum = 0.0f;
@@ -15,77 +16,115 @@ __device__ __forceinline__ void row_softmax_statistics(const act* x, int dim, fl
     scale = 1.0f / warp_sum(sum);
 }
 
-// y = map(x); with `gates`, the log gates of x too.
-extern "C" __global__ void features_forward(act* y, float* gates, const act* x, int map, int gate, float divisor,
-                                            float longest, int heads, int dim, int rows) {
-    int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    long long at = static_cast<long long>(row) * dim;
-    x += at, y += at;
+// The rows of one of the two inputs: [tokens, heads, dim] at `x`. What lies in global memory is found from the row.
+struct Side {
+    int map, heads;
+    bool has_gate;  // the key's
+};
+
+struct FeatureSizes {
+    int query_map, key_map, gate;
+    float divisor, longest;
+    int heads, kv, dim, tokens;
+    float recurrent, window;  // factors of the branches' gradients
+};
+
+__device__ __forceinline__ Side side_of(const FeatureSizes& s, bool key) {
+    return {key ? s.key_map : s.query_map, key ? s.kv : s.heads, key};
+}
+
+// RoPE forward and features, for query and key at once: one warp a row of a head, the query's rows first. rope_q, query, q
+// [tokens, heads, dim]; rope_k, key, gates, k [tokens, kv, dim]; cosines and sines [tokens, dim / 2].
+extern "C" __global__ void features_forward(act* rope_q, act* query, const act* q, act* rope_k, act* key, float* gates,
+                                            const act* k, const float* cosines, const float* sines, FeatureSizes s) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, of_query = s.tokens * s.heads, half = s.dim / 2;
+    bool is_key = row >= of_query;
+    if (is_key) row -= of_query;
+    if (row >= s.tokens * s.kv && is_key) return;
+    Side side = side_of(s, is_key);
+    long long at = static_cast<long long>(row) * s.dim, angles = static_cast<long long>(row / side.heads) * half;
+    const act* x = (is_key ? k : q) + at;
+    act *y = (is_key ? key : query) + at, *turned = (is_key ? rope_k : rope_q) + at;
     float best = 0.0f, scale = 0.0f;
-    if (map != MAP_ONE_MINUS_SIGMOID) row_softmax_statistics(x, dim, best, scale);
+    if (side.map != MAP_ONE_MINUS_SIGMOID) row_softmax_statistics(x, s.dim, best, scale);
     float of_mean = 0.0f;
-    if (gates != nullptr && is_gate_of_mean(gate)) {
-        of_mean = gate_of_mean(row_mean(x, dim), gate, head_divisor(divisor, longest, row % heads, heads));
+    if (side.has_gate && is_gate_of_mean(s.gate)) {
+        float own = head_divisor(s.divisor, s.longest, row % side.heads, side.heads);
+        of_mean = gate_of_mean(row_mean(x, s.dim), s.gate, own);
     }
-    if (map == MAP_SHARE) scale *= -expm1f(of_mean) * dim;
-    for (int i = threadIdx.x; i < dim; i += 32) {
+    if (side.map == MAP_SHARE) scale *= -expm1f(of_mean) * s.dim;
+    for (int i = threadIdx.x; i < s.dim; i += 32) {
         float v = to_float(x[i]);
-        y[i] = from_float<act>(map == MAP_ONE_MINUS_SIGMOID ? sigmoid(-v) : expf(v - best) * scale);
-        if (gates == nullptr) continue;
+        y[i] = from_float<act>(side.map == MAP_ONE_MINUS_SIGMOID ? sigmoid(-v) : expf(v - best) * scale);
+        if (!side.has_gate) continue;
         float g = of_mean;
-        if (gate == GATE_LOG_SIGMOID) g = -softplus(-v) / divisor;
-        else if (gate == GATE_NEGATIVE_EXP) g = -expf(v);
+        if (s.gate == GATE_LOG_SIGMOID) g = -softplus(-v) / s.divisor;
+        else if (s.gate == GATE_NEGATIVE_EXP) g = -expf(v);
         gates[at + i] = g;
+    }
+    for (int i = threadIdx.x; i < half; i += 32) {
+        float a = to_float(x[i]), b = to_float(x[i + half]), cosine = cosines[angles + i], sine = sines[angles + i];
+        turned[i] = from_float<act>(a * cosine - b * sine);
+        turned[i + half] = from_float<act>(b * cosine + a * sine);
     }
 }
 
-// Overwrites dy, the gradient of map(x), by that of x; with `dgates` the gates' part is added.
-extern "C" __global__ void features_backward(act* dy, const float* dgates, const act* x, int map, int gate,
-                                             float divisor, float longest, int heads, int dim, int rows) {
-    int row = blockIdx.x * blockDim.y + threadIdx.y;
-    if (row >= rows) return;
-    long long at = static_cast<long long>(row) * dim;
-    x += at, dy += at;
+// Overwrites dq and dk, the gradients of f(q) and of the write key, by those of q and k: `recurrent` times what comes through
+// these and the gates, and `window` times the gradients after RoPE turned back.
+extern "C" __global__ void features_backward(act* dq, const act* drope_q, const act* q, act* dk, const float* dgates,
+                                             const act* drope_k, const act* k, const float* cosines, const float* sines,
+                                             FeatureSizes s) {
+    int row = blockIdx.x * blockDim.y + threadIdx.y, of_query = s.tokens * s.heads, half = s.dim / 2;
+    bool is_key = row >= of_query;
+    if (is_key) row -= of_query;
+    if (row >= s.tokens * s.kv && is_key) return;
+    Side side = side_of(s, is_key);
+    long long at = static_cast<long long>(row) * s.dim, angles = static_cast<long long>(row / side.heads) * half;
+    const act *x = (is_key ? k : q) + at, *turned = (is_key ? drope_k : drope_q) + at;
+    act* dy = (is_key ? dk : dq) + at;
     float best = 0.0f, scale = 0.0f, inner = 0.0f;
-    if (map != MAP_ONE_MINUS_SIGMOID) {
-        row_softmax_statistics(x, dim, best, scale);
-        for (int i = threadIdx.x; i < dim; i += 32) inner += to_float(dy[i]) * expf(to_float(x[i]) - best) * scale;
+    if (side.map != MAP_ONE_MINUS_SIGMOID) {
+        row_softmax_statistics(x, s.dim, best, scale);
+        for (int i = threadIdx.x; i < s.dim; i += 32) inner += to_float(dy[i]) * expf(to_float(x[i]) - best) * scale;
         inner = warp_sum(inner);
     }
     float each = 0.0f, share = 1.0f;
-    if (dgates != nullptr && is_gate_of_mean(gate)) {
-        float mean = row_mean(x, dim), own = head_divisor(divisor, longest, row % heads, heads), sum = 0.0f;
-        for (int i = threadIdx.x; i < dim; i += 32) sum += dgates[at + i];
+    if (side.has_gate && is_gate_of_mean(s.gate)) {
+        float mean = row_mean(x, s.dim), own = head_divisor(s.divisor, s.longest, row % side.heads, side.heads), sum = 0.0f;
+        for (int i = threadIdx.x; i < s.dim; i += 32) sum += dgates[at + i];
         sum = warp_sum(sum);
-        if (map == MAP_SHARE) {
+        if (side.map == MAP_SHARE) {
             // d (1 - exp(g)) = -exp(g).
-            float g = gate_of_mean(mean, gate, own);
-            share = -expm1f(g) * dim, sum -= expf(g) * dim * inner;
+            float g = gate_of_mean(mean, s.gate, own);
+            share = -expm1f(g) * s.dim, sum -= expf(g) * s.dim * inner;
         }
         // The mean spreads it over the head.
-        each = gate_of_mean_slope(mean, gate, own) * sum / dim;
+        each = gate_of_mean_slope(mean, s.gate, own) * sum / s.dim;
     }
-    for (int i = threadIdx.x; i < dim; i += 32) {
+    for (int i = threadIdx.x; i < s.dim; i += 32) {
         float v = to_float(x[i]), d = to_float(dy[i]);
-        if (map != MAP_ONE_MINUS_SIGMOID) {
+        if (side.map != MAP_ONE_MINUS_SIGMOID) {
             d = expf(v - best) * scale * (d - inner) * share;
         } else {
-            float s = sigmoid(-v);
-            d *= -s * (1.0f - s);
+            float f = sigmoid(-v);
+            d *= -f * (1.0f - f);
         }
-        if (dgates != nullptr) {
+        if (side.has_gate) {
             float dg = dgates[at + i];
-            if (gate == GATE_LOG_SIGMOID) d += dg * sigmoid(-v) / divisor;
+            if (s.gate == GATE_LOG_SIGMOID) d += dg * sigmoid(-v) / s.divisor;
             // Below the clamp the gate's gradient is exactly 0, and exp(v) may be infinite.
-            else if (gate == GATE_NEGATIVE_EXP) d -= dg == 0.0f ? 0.0f : dg * expf(v);
+            else if (s.gate == GATE_NEGATIVE_EXP) d -= dg == 0.0f ? 0.0f : dg * expf(v);
             else d += each;
         }
-        dy[i] = from_float<act>(d);
+        bool low = i < half;
+        float cosine = cosines[angles + i % half], sine = sines[angles + i % half];
+        float own = to_float(turned[i]), other = to_float(turned[low ? i + half : i - half]);
+        dy[i] = from_float<act>(s.recurrent * d + s.window * (own * cosine + (low ? other : -other) * sine));
     }
 }
 
-// The same for heads of 4 * LANES elements, LANES a power of two up to 32: a thread has four elements, a warp 32 / LANES rows.
+// The same for heads of 4 * LANES elements, LANES a power of two from 2 to 32: a thread has four elements, a warp 32 / LANES
+// rows. The blocks of the query come first.
 __device__ __forceinline__ float lanes_sum(float x, int lanes) {
     for (int offset = lanes / 2; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
@@ -114,41 +153,79 @@ __device__ __forceinline__ float one_gate_gradient(float v, float dg, int gate, 
     return dg == 0.0f ? 0.0f : -dg * expf(v);
 }
 
-extern "C" __global__ void features_forward_fours(act* y, float* gates, const act* x, int map, int gate, float divisor,
-                                                  float longest, int heads, int dim, int rows) {
-    int lanes = dim / 4;
-    long long element = (static_cast<long long>(blockIdx.x) * blockDim.x * blockDim.y + threadIdx.y * 32 + threadIdx.x) * 4;
-    // Every lane takes part in the sums.
-    bool inside = element < static_cast<long long>(rows) * dim;
-    float4 v = inside ? load4(x + element) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+// Where a thread's four elements are.
+struct Fours {
+    Side side;
+    long long element;
+    int head, d;
+    bool inside;
+    const float *cosines, *sines;
+    __device__ Fours(const FeatureSizes& s, const float* all_cosines, const float* all_sines) {
+        long long threads = blockDim.x * blockDim.y, of_query = static_cast<long long>(s.tokens) * s.heads * s.dim / 4;
+        int query_blocks = static_cast<int>((of_query + threads - 1) / threads), block = blockIdx.x;
+        bool is_key = block >= query_blocks;
+        side = side_of(s, is_key);
+        element = ((is_key ? block - query_blocks : block) * threads + threadIdx.y * 32 + threadIdx.x) * 4;
+        // Every lane takes part in the sums.
+        long long row = element / s.dim;
+        inside = row < static_cast<long long>(s.tokens) * side.heads;
+        head = static_cast<int>(row % side.heads), d = static_cast<int>(element % s.dim);
+        long long angles = inside ? row / side.heads * (s.dim / 2) + d % (s.dim / 2) : 0;
+        cosines = all_cosines + angles, sines = all_sines + angles;
+    }
+    // x turned by the angles, or back.
+    __device__ float4 turned(float4 x, int dim, bool back) const {
+        float4 c = load4(cosines), t = load4(sines);
+        float sign = (d < dim / 2) == back ? 1.0f : -1.0f;
+        int partner = dim / 8;
+        float4 y;
+        y.x = x.x * c.x + sign * t.x * __shfl_xor_sync(0xffffffffu, x.x, partner);
+        y.y = x.y * c.y + sign * t.y * __shfl_xor_sync(0xffffffffu, x.y, partner);
+        y.z = x.z * c.z + sign * t.z * __shfl_xor_sync(0xffffffffu, x.z, partner);
+        y.w = x.w * c.w + sign * t.w * __shfl_xor_sync(0xffffffffu, x.w, partner);
+        return y;
+    }
+};
+
+extern "C" __global__ void features_forward_fours(act* rope_q, act* query, const act* q, act* rope_k, act* key,
+                                                  float* gates, const act* k, const float* cosines, const float* sines,
+                                                  FeatureSizes s) {
+    Fours at(s, cosines, sines);
+    int lanes = s.dim / 4, map = at.side.map;
+    bool is_key = at.side.has_gate;
+    float4 v = at.inside ? load4((is_key ? k : q) + at.element) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float4 y = at.turned(v, s.dim, false);
     float4 f = map == MAP_ONE_MINUS_SIGMOID ? make_float4(sigmoid(-v.x), sigmoid(-v.y), sigmoid(-v.z), sigmoid(-v.w))
                                             : softmax4(v, lanes);
     float4 g = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (gates != nullptr && is_gate_of_mean(gate)) {
-        int head = static_cast<int>(element / dim) % heads;
-        float one = gate_of_mean(lanes_sum(sum4(v), lanes) / dim, gate, head_divisor(divisor, longest, head, heads));
+    if (is_key && is_gate_of_mean(s.gate)) {
+        float own = head_divisor(s.divisor, s.longest, at.head, s.kv);
+        float one = gate_of_mean(lanes_sum(sum4(v), lanes) / s.dim, s.gate, own);
         g = make_float4(one, one, one, one);
         if (map == MAP_SHARE) {
-            float share = -expm1f(one) * dim;
+            float share = -expm1f(one) * s.dim;
             f = make_float4(f.x * share, f.y * share, f.z * share, f.w * share);
         }
+    } else if (is_key) {
+        g = make_float4(one_gate(v.x, s.gate, s.divisor), one_gate(v.y, s.gate, s.divisor),
+                        one_gate(v.z, s.gate, s.divisor), one_gate(v.w, s.gate, s.divisor));
     }
-    if (inside) store4(y + element, f);
-    if (gates == nullptr) return;
-    if (!is_gate_of_mean(gate)) {
-        g = make_float4(one_gate(v.x, gate, divisor), one_gate(v.y, gate, divisor), one_gate(v.z, gate, divisor),
-                        one_gate(v.w, gate, divisor));
-    }
-    if (inside) store4(gates + element, g);
+    if (!at.inside) return;
+    store4((is_key ? rope_k : rope_q) + at.element, y);
+    store4((is_key ? key : query) + at.element, f);
+    if (is_key) store4(gates + at.element, g);
 }
 
-extern "C" __global__ void features_backward_fours(act* dy, const float* dgates, const act* x, int map, int gate,
-                                                   float divisor, float longest, int heads, int dim, int rows) {
-    int lanes = dim / 4;
-    long long element = (static_cast<long long>(blockIdx.x) * blockDim.x * blockDim.y + threadIdx.y * 32 + threadIdx.x) * 4;
-    bool inside = element < static_cast<long long>(rows) * dim;
+extern "C" __global__ void features_backward_fours(act* dq, const act* drope_q, const act* q, act* dk, const float* dgates,
+                                                   const act* drope_k, const act* k, const float* cosines,
+                                                   const float* sines, FeatureSizes s) {
+    Fours at(s, cosines, sines);
+    int lanes = s.dim / 4, map = at.side.map;
+    bool is_key = at.side.has_gate;
     float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float4 v = inside ? load4(x + element) : zero, d = inside ? load4(dy + element) : zero;
+    act* dy = (is_key ? dk : dq) + at.element;
+    float4 v = at.inside ? load4((is_key ? k : q) + at.element) : zero, d = at.inside ? load4(dy) : zero;
+    float4 y = at.turned(at.inside ? load4((is_key ? drope_k : drope_q) + at.element) : zero, s.dim, true);
     float inner = 0.0f;
     if (map != MAP_ONE_MINUS_SIGMOID) {
         float4 f = softmax4(v, lanes);
@@ -159,25 +236,27 @@ extern "C" __global__ void features_backward_fours(act* dy, const float* dgates,
         d.x *= -f.x * (1.0f - f.x), d.y *= -f.y * (1.0f - f.y);
         d.z *= -f.z * (1.0f - f.z), d.w *= -f.w * (1.0f - f.w);
     }
-    if (dgates != nullptr) {
-        float4 dg = inside ? load4(dgates + element) : zero;
-        if (is_gate_of_mean(gate)) {
-            float mean = lanes_sum(sum4(v), lanes) / dim, sum = lanes_sum(sum4(dg), lanes);
-            float own = head_divisor(divisor, longest, static_cast<int>(element / dim) % heads, heads);
+    if (is_key) {
+        float4 dg = at.inside ? load4(dgates + at.element) : zero;
+        if (is_gate_of_mean(s.gate)) {
+            float mean = lanes_sum(sum4(v), lanes) / s.dim, sum = lanes_sum(sum4(dg), lanes);
+            float own = head_divisor(s.divisor, s.longest, at.head, s.kv);
             if (map == MAP_SHARE) {
                 // d (1 - exp(g)) = -exp(g).
-                float g = gate_of_mean(mean, gate, own), share = -expm1f(g) * dim;
-                sum -= expf(g) * dim * inner;
+                float g = gate_of_mean(mean, s.gate, own), share = -expm1f(g) * s.dim;
+                sum -= expf(g) * s.dim * inner;
                 d.x *= share, d.y *= share, d.z *= share, d.w *= share;
             }
-            float each = gate_of_mean_slope(mean, gate, own) * sum / dim;
+            float each = gate_of_mean_slope(mean, s.gate, own) * sum / s.dim;
             d.x += each, d.y += each, d.z += each, d.w += each;
         } else {
-            d.x += one_gate_gradient(v.x, dg.x, gate, divisor), d.y += one_gate_gradient(v.y, dg.y, gate, divisor);
-            d.z += one_gate_gradient(v.z, dg.z, gate, divisor), d.w += one_gate_gradient(v.w, dg.w, gate, divisor);
+            d.x += one_gate_gradient(v.x, dg.x, s.gate, s.divisor), d.y += one_gate_gradient(v.y, dg.y, s.gate, s.divisor);
+            d.z += one_gate_gradient(v.z, dg.z, s.gate, s.divisor), d.w += one_gate_gradient(v.w, dg.w, s.gate, s.divisor);
         }
     }
-    if (inside) store4(dy + element, d);
+    if (!at.inside) return;
+    store4(dy, make_float4(s.recurrent * d.x + s.window * y.x, s.recurrent * d.y + s.window * y.y,
+                           s.recurrent * d.z + s.window * y.z, s.recurrent * d.w + s.window * y.w));
 }
 
 __device__ __forceinline__ float pooled(const act* k, int m, int slots, int dim, int& first, int& last) {

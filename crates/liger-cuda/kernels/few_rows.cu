@@ -68,7 +68,9 @@ template <int TILES, int GROUPS, int AHEAD, class Finish>
 __device__ __forceinline__ void few_rows(const Outputs (&groups)[GROUPS], const act* x, const float* norm, const FewRows& s,
                                          Finish finish) {
     constexpr int STRIDE = 32 * WARPS;
-    __shared__ float sums[WARPS][GROUPS][TILES][8][BLOCK_OUTPUTS];
+    // Tiles whose sums are in shared memory at once.
+    constexpr int TOGETHER = TILES < 4 ? TILES : 4;
+    __shared__ float sums[WARPS][GROUPS][TOGETHER][8][BLOCK_OUTPUTS];
     __shared__ float squares_of[WARPS][TILES * 8];
     const Eight nothing = {{0, 0, 0, 0}};
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
@@ -124,34 +126,43 @@ __device__ __forceinline__ void few_rows(const Outputs (&groups)[GROUPS], const 
     }
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-#pragma unroll
-        for (int m = 0; m < GROUPS; m++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[warp][m][t][2 * quad + (i & 1)][group + (i >> 1) * 8] = c[m][t][i];
-        }
         if (group >> 1 == quad) {
             squares_of[warp][8 * t + group] = group & 1 ? squares[t / 2][t % 2 * 2 + 1] : squares[t / 2][t % 2 * 2];
         }
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILES * 8 * BLOCK_OUTPUTS; i += 32 * WARPS) {
-        int n = i / BLOCK_OUTPUTS, o = i % BLOCK_OUTPUTS;
-        if (n >= s.rows) continue;
-        float scale = 1.0f;
-        if (norm != nullptr) {
-            float total = 0.0f;
-            for (int k = 0; k < WARPS; k++) total += squares_of[k][n];
-            scale = rsqrtf(total / s.inputs + s.epsilon);
-        }
-        float result[GROUPS];
 #pragma unroll
-        for (int m = 0; m < GROUPS; m++) {
-            result[m] = 0.0f;
+    for (int first = 0; first < TILES; first += TOGETHER) {
+        if (first > 0) __syncthreads();
 #pragma unroll
-            for (int k = 0; k < WARPS; k++) result[m] += sums[k][m][n / 8][n % 8][o];
-            result[m] *= scale;
+        for (int t = 0; t < TOGETHER; t++) {
+#pragma unroll
+            for (int m = 0; m < GROUPS; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    sums[warp][m][t][2 * quad + (i & 1)][group + (i >> 1) * 8] = c[m][first + t][i];
+                }
+            }
         }
-        finish(n, o, result);
+        __syncthreads();
+        for (int i = threadIdx.x; i < TOGETHER * 8 * BLOCK_OUTPUTS; i += 32 * WARPS) {
+            int t = i / (8 * BLOCK_OUTPUTS), r = i / BLOCK_OUTPUTS % 8, o = i % BLOCK_OUTPUTS, n = (first + t) * 8 + r;
+            if (n >= s.rows) continue;
+            float scale = 1.0f;
+            if (norm != nullptr) {
+                float total = 0.0f;
+                for (int k = 0; k < WARPS; k++) total += squares_of[k][n];
+                scale = rsqrtf(total / s.inputs + s.epsilon);
+            }
+            float result[GROUPS];
+#pragma unroll
+            for (int m = 0; m < GROUPS; m++) {
+                result[m] = 0.0f;
+#pragma unroll
+                for (int k = 0; k < WARPS; k++) result[m] += sums[k][m][t][r][o];
+                result[m] *= scale;
+            }
+            finish(n, o, result);
+        }
     }
 }
 
@@ -175,7 +186,8 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
     Outputs groups[GROUPS];
 #pragma unroll
     for (int m = 0; m < GROUPS; m++) groups[m] = {weights, block * ACROSS + m * BLOCK_OUTPUTS, count};
-    few_rows<TILES, GROUPS, TILES * GROUPS == 1 ? 4 : TILES * GROUPS == 8 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
+    constexpr int AHEAD = TILES * GROUPS == 1 ? 4 : TILES * GROUPS >= 8 ? 1 : 2;
+    few_rows<TILES, GROUPS, AHEAD>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
 #pragma unroll
         for (int m = 0; m < GROUPS; m++) {
             int o = groups[m].first + i;
@@ -199,7 +211,7 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
                                        const FewRows& s) {
     int first = blockIdx.x * BLOCK_OUTPUTS, count = s.outputs[0];
     const Outputs groups[2] = {{gate, first, count}, {up, first, count}};
-    few_rows<TILES, 2, TILES == 4 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2]) {
+    few_rows<TILES, 2, TILES >= 4 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2]) {
         if (first + i >= count) return;
         y[static_cast<long long>(n) * count + first + i] = from_float<act>(sums[0] * sigmoid(sums[0]) * sums[1]);
     });
@@ -226,10 +238,13 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
 LINEARS(1, 1, 2)
 LINEARS(2, 1, 3)
 LINEARS(4, 1, 2)
+LINEARS(8, 1, 2)
 LINEARS(1, 2, 3)
 LINEARS(2, 2, 2)
 LINEARS(4, 2, 2)
+LINEARS(8, 2, 1)
 SWIGLU(1, 3)
 SWIGLU(2, 2)
 SWIGLU(4, 2)
+SWIGLU(8, 1)
 #endif

@@ -75,37 +75,29 @@ pub(crate) fn combine(cuda: &Cuda, out: &mut Tensor, a: f32, x: &Tensor, b: f32,
     cuda.launch((Source::Elementwise, "combine"), Launch::over(out.len(), 4), &args)
 }
 
-/// `out = scale R x + factor add`, with R the rotation, or `inverse` that back.
+/// `out = keep out + scale R x`, with R the rotation, or `inverse` that back.
 pub(crate) fn rope(
     cuda: &Cuda,
     out: &mut Tensor,
-    (scale, x): (f32, &Tensor),
+    (keep, scale): (f32, f32),
+    x: &Tensor,
     (cos, sin): (&Tensor, &Tensor),
     inverse: bool,
-    add: Option<(f32, &Tensor)>,
 ) -> Result<()> {
     const NAME: &str = "rope";
     let pairs = x.len() / 2;
     same_length(NAME, out, x)?;
     checks::rope(x, cos, sin)?;
-    let (factor, add) = match add {
-        Some((factor, add)) => {
-            same_length(NAME, add, x)?;
-            (factor, cuda.act(NAME, add)?)
-        }
-        None => (0.0, Arg::Pointer(0)),
-    };
     let args = [
         cuda.act(NAME, out)?,
         cuda.act(NAME, x)?,
-        add,
         cuda.f32(NAME, cos)?,
         cuda.f32(NAME, sin)?,
         int(x.dim(1)),
         int(x.dim(2)),
         Arg::Float(if inverse { -1.0 } else { 1.0 }),
         Arg::Float(scale),
-        Arg::Float(factor),
+        Arg::Float(keep),
         long(pairs),
     ];
     // Four pairs a thread, counted in 32 bits, where that is possible.

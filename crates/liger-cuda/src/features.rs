@@ -1,11 +1,11 @@
-//! Feature maps of query and key, and the gates that come out of the key: sizes for `kernels/features.cu`.
+//! RoPE, feature maps and gates of query and key in one pass: sizes for `kernels/features.cu`.
 
 use liger_tensor::checks::{self, same_length};
-use liger_tensor::{FeatureMap, FeatureSpec, Gate, Result, Tensor};
+use liger_tensor::{FeatureGradients, FeatureMap, FeatureSpec, Features, Gate, Result, Tensor};
 
+use crate::Cuda;
 use crate::compile::Source;
 use crate::driver::{Arg, Launch, int, long};
-use crate::{Cuda, rows_of};
 
 /// `GATE_...` of the kernels, the divisor (of the first head), and that of the last head, 0 where all have the same.
 pub(crate) fn gate_words(gate: Gate) -> (i32, f32, f32) {
@@ -27,62 +27,93 @@ pub(crate) fn map_word(map: FeatureMap) -> i32 {
     }
 }
 
-/// One map; with gates for the key. The same kernel arguments serve both directions.
-fn feature(
-    cuda: &Cuda,
-    name: &'static str,
-    y: &Tensor,
-    gates: Option<&Tensor>,
-    x: &Tensor,
-    how: (FeatureMap, Gate),
-) -> Result<()> {
-    same_length(name, y, x)?;
-    let gates = match gates {
-        Some(gates) => {
-            same_length(name, gates, x)?;
-            cuda.f32(name, gates)?
-        }
-        None => Arg::Pointer(0),
-    };
-    let ((kind, divisor, longest), map) = (gate_words(how.1), map_word(how.0));
-    let (width, rows) = rows_of(x);
-    let heads = x.dim(1);
-    let (y, x) = (cuda.act(name, y)?, cuda.act(name, x)?);
-    let [map, kind] = [map, kind].map(Arg::Int);
-    let [divisor, longest] = [divisor, longest].map(Arg::Float);
-    let args = [y, gates, x, map, kind, divisor, longest, int(heads), int(width), int(rows)];
-    // A quarter of the head in threads, where that divides a warp.
-    let fours = width % 4 == 0 && (width / 4).is_power_of_two() && width <= 128;
-    let (kernel, launch) = match (name, fours) {
-        ("features_forward", true) => ("features_forward_fours", Launch::warp_rows((rows * width).div_ceil(128))),
-        (_, true) => ("features_backward_fours", Launch::warp_rows((rows * width).div_ceil(128))),
-        (_, false) => (name, Launch::warp_rows(rows)),
-    };
-    cuda.launch((Source::Features, kernel), launch, &args)
+/// Sizes of a pass over query and key, and its launch.
+struct Pass {
+    words: [i32; 11],
+    launch: Launch,
+    fours: bool,
+}
+
+impl Pass {
+    fn new(q: &Tensor, k: &Tensor, spec: FeatureSpec, (recurrent, window): (f32, f32)) -> Self {
+        let (tokens, heads, kv, dim) = (q.dim(0), q.dim(1), k.dim(1), q.dim(2));
+        let (kind, divisor, longest) = gate_words(spec.gate);
+        let float = |x: f32| x.to_bits() as i32;
+        let maps = [map_word(spec.query), map_word(spec.key), kind];
+        let sizes = [heads, kv, dim, tokens].map(|x| x as i32);
+        let mut words = [0; 11];
+        let all =
+            maps.into_iter().chain([divisor, longest].map(float)).chain(sizes).chain([recurrent, window].map(float));
+        words.iter_mut().zip(all).for_each(|(word, value)| *word = value);
+        // A quarter of the head in threads, where that divides a warp.
+        let fours = (dim / 4).is_power_of_two() && dim % 8 == 0 && dim <= 128;
+        // Query and key begin in blocks of their own, of eight warps.
+        let warps = |elements: usize| elements.div_ceil(128).next_multiple_of(8);
+        let rows = if fours { warps(q.len()) + warps(k.len()) } else { tokens * (heads + kv) };
+        Self { words, launch: Launch::warp_rows(rows), fours }
+    }
 }
 
 pub(crate) fn forward(
     cuda: &Cuda,
-    query: &mut Tensor,
-    key: &mut Tensor,
-    log_gate: &mut Tensor,
+    out: Features<'_>,
     (q, k): (&Tensor, &Tensor),
+    angles: (&Tensor, &Tensor),
     spec: FeatureSpec,
 ) -> Result<()> {
-    feature(cuda, "features_forward", query, None, q, (spec.query, spec.gate))?;
-    feature(cuda, "features_forward", key, Some(log_gate), k, (spec.key, spec.gate))
+    const NAME: &str = "features_forward";
+    let Features { rope_q, rope_k, query, key, log_gate } = out;
+    checks::rope(q, angles.0, angles.1)?;
+    checks::rope(k, angles.0, angles.1)?;
+    for (y, x) in [(&*rope_q, q), (&*query, q), (&*rope_k, k), (&*key, k), (&*log_gate, k)] {
+        same_length(NAME, y, x)?;
+    }
+    let pass = Pass::new(q, k, spec, (1.0, 1.0));
+    let args = [
+        cuda.act(NAME, rope_q)?,
+        cuda.act(NAME, query)?,
+        cuda.act(NAME, q)?,
+        cuda.act(NAME, rope_k)?,
+        cuda.act(NAME, key)?,
+        cuda.f32(NAME, log_gate)?,
+        cuda.act(NAME, k)?,
+        cuda.f32(NAME, angles.0)?,
+        cuda.f32(NAME, angles.1)?,
+        Arg::Words(&pass.words),
+    ];
+    let name = if pass.fours { "features_forward_fours" } else { NAME };
+    cuda.launch((Source::Features, name), pass.launch, &args)
 }
 
 pub(crate) fn backward(
     cuda: &Cuda,
-    dquery: &mut Tensor,
-    dkey: &mut Tensor,
-    dlog_gate: &Tensor,
+    gradients: FeatureGradients<'_>,
     (q, k): (&Tensor, &Tensor),
+    angles: (&Tensor, &Tensor),
     spec: FeatureSpec,
 ) -> Result<()> {
-    feature(cuda, "features_backward", dquery, None, q, (spec.query, spec.gate))?;
-    feature(cuda, "features_backward", dkey, Some(dlog_gate), k, (spec.key, spec.gate))
+    const NAME: &str = "features_backward";
+    let FeatureGradients { q: dq, k: dk, log_gate, rope_q, rope_k, recurrent, window } = gradients;
+    checks::rope(q, angles.0, angles.1)?;
+    checks::rope(k, angles.0, angles.1)?;
+    for (y, x) in [(&*dq, q), (rope_q, q), (&*dk, k), (rope_k, k), (log_gate, k)] {
+        same_length(NAME, y, x)?;
+    }
+    let pass = Pass::new(q, k, spec, (recurrent, window));
+    let args = [
+        cuda.act(NAME, dq)?,
+        cuda.act(NAME, rope_q)?,
+        cuda.act(NAME, q)?,
+        cuda.act(NAME, dk)?,
+        cuda.f32(NAME, log_gate)?,
+        cuda.act(NAME, rope_k)?,
+        cuda.act(NAME, k)?,
+        cuda.f32(NAME, angles.0)?,
+        cuda.f32(NAME, angles.1)?,
+        Arg::Words(&pass.words),
+    ];
+    let name = if pass.fours { "features_backward_fours" } else { NAME };
+    cuda.launch((Source::Features, name), pass.launch, &args)
 }
 
 pub(crate) fn slot_gates_forward(cuda: &Cuda, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {

@@ -28,8 +28,9 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks;
 use liger_tensor::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error, FeatureSpec, Gemm,
-    KeyValueCache, Ops, Recurrence, RecurrenceGradients, Result, Sequences, StepOps, Storage, Tensor,
+    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error, FeatureGradients,
+    FeatureSpec, Features, Gemm, KeyValueCache, Ops, Recurrence, RecurrenceGradients, Result, Sequences, StepOps,
+    Storage, Tensor,
 };
 
 use batch::{Batch, Batches};
@@ -304,18 +305,18 @@ impl Ops for Cuda {
     }
 
     fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
-        elementwise::rope(self, out, (1.0, x), angles, false, None)
+        elementwise::rope(self, out, (0.0, 1.0), x, angles, false)
     }
 
     fn rope_backward(
         &self,
         dx: &mut Tensor,
+        keep: f32,
         scale: f32,
         dy: &Tensor,
         angles: (&Tensor, &Tensor),
-        add: Option<(f32, &Tensor)>,
     ) -> Result<()> {
-        elementwise::rope(self, dx, (scale, dy), angles, true, add)
+        elementwise::rope(self, dx, (keep, scale), dy, angles, true)
     }
 
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
@@ -371,26 +372,24 @@ impl Ops for Cuda {
 
     fn features_forward(
         &self,
-        query: &mut Tensor,
-        key: &mut Tensor,
-        log_gate: &mut Tensor,
+        out: Features<'_>,
         q: &Tensor,
         k: &Tensor,
+        angles: (&Tensor, &Tensor),
         spec: FeatureSpec,
     ) -> Result<()> {
-        features::forward(self, query, key, log_gate, (q, k), spec)
+        features::forward(self, out, (q, k), angles, spec)
     }
 
     fn features_backward(
         &self,
-        dquery: &mut Tensor,
-        dkey: &mut Tensor,
-        dlog_gate: &Tensor,
+        gradients: FeatureGradients<'_>,
         q: &Tensor,
         k: &Tensor,
+        angles: (&Tensor, &Tensor),
         spec: FeatureSpec,
     ) -> Result<()> {
-        features::backward(self, dquery, dkey, dlog_gate, (q, k), spec)
+        features::backward(self, gradients, (q, k), angles, spec)
     }
 
     fn slot_gates_forward(&self, log_gate: &mut Tensor, write: &mut Tensor, k: &Tensor) -> Result<()> {

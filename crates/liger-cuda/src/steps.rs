@@ -13,8 +13,10 @@ use crate::features::{gate_words, map_word};
 use crate::kept::{Remembered, reach_word};
 use crate::{Cuda, pointer, typed};
 
-/// Rows that the largest kernel of few_rows.cu takes: four tiles of eight.
-pub(crate) const MOST_ROWS: usize = 32;
+/// Rows that the largest kernel of few_rows.cu takes: eight tiles of eight.
+const MOST_ROWS: usize = 64;
+/// Beyond so many rows a single product is left to cuBLASLt.
+const MOST_ROWS_OF_A_PRODUCT: usize = 32;
 /// Outputs of a block: `BLOCK_OUTPUTS` of the kernels.
 const BLOCK_OUTPUTS: usize = 16;
 /// Layers that one launch takes: `MOST_OUTPUTS` of the kernels.
@@ -27,11 +29,12 @@ const LARGEST_HEAD: usize = 128;
 const PARTS: usize = 1024;
 
 /// The kernel for so many rows.
-fn by_tiles(rows: usize, names: [&'static str; 3]) -> &'static str {
+fn by_tiles(rows: usize, names: [&'static str; 4]) -> &'static str {
     match rows.div_ceil(8) {
         0 | 1 => names[0],
         2 => names[1],
-        _ => names[2],
+        3 | 4 => names[2],
+        _ => names[3],
     }
 }
 
@@ -70,9 +73,9 @@ fn linears(
     let blocks = |groups: usize| -> usize { outputs.iter().map(|n| n.div_ceil(groups * BLOCK_OUTPUTS)).sum() };
     let (blocks, name) = match blocks(2) {
         blocks if blocks >= cuda.gpu.processors => {
-            (blocks, by_tiles(rows, ["linears_1_2", "linears_2_2", "linears_4_2"]))
+            (blocks, by_tiles(rows, ["linears_1_2", "linears_2_2", "linears_4_2", "linears_8_2"]))
         }
-        _ => (blocks(1), by_tiles(rows, ["linears_1_1", "linears_2_1", "linears_4_1"])),
+        _ => (blocks(1), by_tiles(rows, ["linears_1_1", "linears_2_1", "linears_4_1", "linears_8_1"])),
     };
     cuda.launch((Source::FewRows, name), few_rows_launch(blocks), &args)
 }
@@ -88,7 +91,7 @@ pub(crate) fn linear(cuda: &Cuda, y: &Tensor, x: &Tensor, w: &Tensor, add: bool)
 pub(crate) fn takes_linear(activations: DType, x: &Tensor, w: &Tensor) -> bool {
     let (rows, inputs) = matrix(x);
     let types = [activations, x.dtype(), w.dtype()].iter().all(|&t| t == DType::Bf16);
-    types && rows <= MOST_ROWS && inputs.is_multiple_of(8)
+    types && rows <= MOST_ROWS_OF_A_PRODUCT && inputs.is_multiple_of(8)
 }
 
 fn matrix(x: &Tensor) -> (usize, usize) {
@@ -227,7 +230,7 @@ impl StepOps for Cuda {
             norm_pointer(NAME, Some(norm))?,
             Arg::Words(&words),
         ];
-        let name = by_tiles(rows, ["swiglu_1", "swiglu_2", "swiglu_4"]);
+        let name = by_tiles(rows, ["swiglu_1", "swiglu_2", "swiglu_4", "swiglu_8"]);
         self.launch((Source::FewRows, name), few_rows_launch(outputs.div_ceil(BLOCK_OUTPUTS)), &args)
     }
 

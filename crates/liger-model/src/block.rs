@@ -4,7 +4,7 @@
 use liger_tensor::{Attention, AttentionGradients, AttentionSpec, Gemm, KeyValueCache, Ops, Sequences, Tensor};
 
 use crate::adapter::{Adapter, Lows, Target, Tuning, linear};
-use crate::attention::{LigerActivations, LigerGradients, Mixer, Projected};
+use crate::attention::{LigerActivations, Mixer, MixerGradients, Projected, SoftmaxActivations};
 use crate::config::ModelConfig;
 use crate::decoder::Angles;
 use crate::error::Result;
@@ -49,22 +49,19 @@ struct Activations {
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rope_q: Tensor,
-    rope_k: Tensor,
     /// x A^T of the adapter for q, k, v, o.
     low: Lows,
     /// Attention's output before o_proj, `[N, H * D]`.
     mixed: Tensor,
-    /// Of softmax attention.
-    statistics: Option<Tensor>,
+    softmax: SoftmaxActivations,
     /// `None` for softmax attention, whose output `mixed` is.
     liger: Option<LigerActivations>,
 }
 
 impl Activations {
     fn projected<'a>(&'a self, angles: &'a Angles) -> Projected<'a> {
-        let Self { q, k, v, rope_q, rope_k, .. } = self;
-        Projected { q, k, v, rope_q, rope_k, frequencies: &angles.frequencies }
+        let Self { q, k, v, .. } = self;
+        Projected { q, k, v, angles }
     }
 }
 
@@ -148,28 +145,20 @@ impl Context<'_> {
             let (normed_q, normed_k) = (normalize(&q, &norms[0])?, normalize(&k, &norms[1])?);
             raw_qk = Some([std::mem::replace(&mut q, normed_q), std::mem::replace(&mut k, normed_k)]);
         }
-        let rotated = |x: &Tensor| -> Result<Tensor> {
-            let mut out = ops.empty(x.shape())?;
-            ops.rope_forward(&mut out, x, (&self.angles.cos, &self.angles.sin))?;
-            Ok(out)
-        };
-        let (rope_q, rope_k) = (rotated(&q)?, rotated(&k)?);
-        let mut statistics = None;
-        let (mixed, liger) = match self.mixer {
+        let projected = Projected { q: &q, k: &k, v: &v, angles: self.angles };
+        let (mixed, softmax, liger) = match self.mixer {
             Mixer::Softmax(spec) => {
                 let mut out = ops.empty(q.shape())?;
+                let rotated = projected.rotated(ops)?;
                 let cache = state.map(|(cache, _)| cache);
-                statistics = if trains { ops.attention_statistics(&q)? } else { None };
-                let kept = statistics.as_mut();
-                let inputs = softmax_inputs(&rope_q, &rope_k, &v, self.sequences, *spec);
-                ops.attention_forward(&mut out, inputs, cache, kept)?;
-                (out, None)
+                let mut statistics = if trains { ops.attention_statistics(&q)? } else { None };
+                let inputs = softmax_inputs(&rotated, &v, self.sequences, *spec);
+                ops.attention_forward(&mut out, inputs, cache, statistics.as_mut())?;
+                (out, SoftmaxActivations { rotated, statistics }, None)
             }
             Mixer::Liger(liger) => {
-                let frequencies = &self.angles.frequencies;
-                let projected = Projected { q: &q, k: &k, v: &v, rope_q: &rope_q, rope_k: &rope_k, frequencies };
-                let (mixed, activations) = liger.forward(ops, &projected, self.sequences, state, trains)?;
-                (mixed, Some(activations))
+                let (mixed, softmax, liger) = liger.forward(ops, &projected, self.sequences, state, trains)?;
+                (mixed, softmax, Some(liger))
             }
         };
         let mixed = mixed.reshaped(&[n, config.num_heads * config.head_dim]);
@@ -178,7 +167,7 @@ impl Context<'_> {
         if let Some(tuning) = self.tuning {
             tuning.forward(ops, self.layer, &mixed, &mut [(Target::O, &mut middle)], &mut low)?;
         }
-        let activations = Activations { normed, raw_qk, q, k, v, rope_q, rope_k, low, mixed, statistics, liger };
+        let activations = Activations { normed, raw_qk, q, k, v, low, mixed, softmax, liger };
         Ok((middle, activations))
     }
 
@@ -254,15 +243,7 @@ impl Context<'_> {
             tuning.backward(ops, self.layer, Some(&mut dmixed), x, dy, lows, gradients)?;
         }
         let dmixed = dmixed.reshaped(activations.q.shape());
-        let d = self.mixer_backward(activations, &dmixed)?;
-        let (mut dq, mut dk, dv) = (d.rope_q, d.rope_k, d.v);
-        for (dx, plain) in [&mut dq, &mut dk].into_iter().zip(d.plain.map_or([None, None], |(q, k)| [Some(q), Some(k)]))
-        {
-            let mut both = ops.empty(dx.shape())?;
-            let add = plain.as_ref().map(|plain| (d.alpha, plain));
-            ops.rope_backward(&mut both, d.beta, dx, (&self.angles.cos, &self.angles.sin), add)?;
-            *dx = both;
-        }
+        let MixerGradients { q: mut dq, k: mut dk, v: dv } = self.mixer_backward(activations, &dmixed)?;
         if let (Some(raw), Some(norms)) = (&activations.raw_qk, &weights.head_norms) {
             for ((dy, raw), weight) in [&mut dq, &mut dk].into_iter().zip(raw).zip(norms) {
                 let mut draw = ops.zeros(raw.shape())?;
@@ -291,29 +272,32 @@ impl Context<'_> {
         Ok(())
     }
 
-    fn mixer_backward(&self, activations: &Activations, dmixed: &Tensor) -> Result<LigerGradients> {
+    fn mixer_backward(&self, activations: &Activations, dmixed: &Tensor) -> Result<MixerGradients> {
         let ops = self.ops;
+        let SoftmaxActivations { rotated, statistics } = &activations.softmax;
         match (self.mixer, &activations.liger) {
             (Mixer::Liger(liger), Some(inner)) => {
-                liger.backward(ops, &activations.projected(self.angles), inner, self.sequences, dmixed)
+                let projected = activations.projected(self.angles);
+                liger.backward(ops, &projected, &activations.softmax, inner, self.sequences, dmixed)
             }
             (mixer, _) => {
-                let mut rope_q = ops.empty(activations.q.shape())?;
-                let mut rope_k = ops.empty(activations.k.shape())?;
-                let mut v = ops.empty(activations.v.shape())?;
-                let Activations { rope_q: q, rope_k: k, v: value, mixed, statistics, .. } = activations;
+                let like = |x: &Tensor| ops.empty(x.shape());
+                let (mut rope_q, mut rope_k) = (like(&activations.q)?, like(&activations.k)?);
+                let mut v = like(&activations.v)?;
                 let gradients = AttentionGradients { q: &mut rope_q, k: &mut rope_k, v: &mut v };
-                let inputs = softmax_inputs(q, k, value, self.sequences, mixer.spec());
-                ops.attention_backward(gradients, inputs, mixed, statistics.as_ref(), dmixed)?;
-                Ok(LigerGradients { plain: None, v, rope_q, rope_k, alpha: 0.0, beta: 1.0 })
+                let inputs = softmax_inputs(rotated, &activations.v, self.sequences, mixer.spec());
+                ops.attention_backward(gradients, inputs, &activations.mixed, statistics.as_ref(), dmixed)?;
+                let (mut q, mut k) = (like(&rope_q)?, like(&rope_k)?);
+                ops.rope_backward(&mut q, 0.0, 1.0, &rope_q, self.angles.pair())?;
+                ops.rope_backward(&mut k, 0.0, 1.0, &rope_k, self.angles.pair())?;
+                Ok(MixerGradients { q, k, v })
             }
         }
     }
 }
 
 fn softmax_inputs<'a>(
-    q: &'a Tensor,
-    k: &'a Tensor,
+    [q, k]: &'a [Tensor; 2],
     v: &'a Tensor,
     sequences: &'a Sequences,
     spec: AttentionSpec,

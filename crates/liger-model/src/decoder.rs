@@ -34,6 +34,13 @@ pub(crate) struct Angles {
     pub(crate) frequencies: Arc<Tensor>,
 }
 
+impl Angles {
+    /// Cosines and sines.
+    pub(crate) fn pair(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+}
+
 /// What a training forward keeps for the backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recompute {

@@ -11,6 +11,7 @@ mod attention;
 mod buffer;
 pub mod checks;
 mod error;
+mod features;
 mod ops;
 pub mod quantize;
 mod sequences;
@@ -20,9 +21,10 @@ mod tensor;
 pub use attention::{Attention, AttentionGradients, AttentionSpec, Keeping, KeptKeys, KeyValueCache};
 pub use buffer::Buffer;
 pub use error::{Error, Result};
+pub use features::{FeatureGradients, FeatureMap, FeatureSpec, Features, Gate};
 pub use ops::{
-    AdamwParameter, AdamwStep, Draw, FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence,
-    RecurrenceGradients, low_rank_backward_by_products, low_rank_forward_by_products,
+    AdamwParameter, AdamwStep, Draw, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients,
+    low_rank_backward_by_products, low_rank_forward_by_products,
 };
 pub use sequences::{Sequence, Sequences};
 pub use steps::{LigerStep, Recording, StepForm, StepLinear, StepOps, StepSpec};

@@ -1,7 +1,10 @@
 use std::any::Any;
 use std::fs::File;
 
-use crate::{Attention, AttentionGradients, DType, Error, KeyValueCache, Result, Sequences, StepOps, Tensor};
+use crate::{
+    Attention, AttentionGradients, DType, Error, FeatureGradients, FeatureSpec, Features, KeyValueCache, Result,
+    Sequences, StepOps, Tensor,
+};
 
 /// `c = scale * op(a) op(b) (+ c)`, where `op` transposes if asked.
 #[derive(Debug, Clone, Copy)]
@@ -74,61 +77,6 @@ pub struct RecurrenceGradients<'a> {
     /// In: the gradient of the final state. Out: that of the initial one. `[sequences, K, Dk, Dv]`, by sequence.
     /// `None` if the final state has no gradient and nobody asks for the initial one's.
     pub state: Option<&'a mut Tensor>,
-}
-
-/// What becomes of a query or a key before the recurrence, over its head dimension.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FeatureMap {
-    /// `softmax(x)`.
-    Softmax,
-    /// `1 - sigmoid(x)`.
-    OneMinusSigmoid,
-    /// `D (1 - a) softmax(x)`, of keys whose gate a is one a head: what the state holds is then a mean.
-    Share,
-}
-
-/// How the log gate comes out of the key.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Gate {
-    /// `log sigmoid(k) / divisor`.
-    LogSigmoid {
-        /// 16 for gla, 1 for hgrn2.
-        divisor: f32,
-    },
-    /// `log sigmoid(mean of k over the head)`, one a head.
-    MeanLogSigmoid,
-    /// The same divided by a number for each key/value head, from `shortest` for the first to `longest` for the last one,
-    /// evenly in their logarithms: the half-life in tokens where the mean is 0.
-    MeanLogSigmoidOver {
-        /// Of the first head.
-        shortest: f32,
-        /// Of the last head.
-        longest: f32,
-    },
-    /// `-softplus(mean of k over the head)`, one a head.
-    MeanNegativeSoftplus,
-    /// `-exp(k)`.
-    NegativeExp,
-}
-
-impl Gate {
-    /// What [`Gate::MeanLogSigmoidOver`] divides by for a head of `heads`; 1 for others.
-    pub fn head_divisor(self, head: usize, heads: usize) -> f32 {
-        let Self::MeanLogSigmoidOver { shortest, longest } = self else { return 1.0 };
-        let place = if heads > 1 { head as f32 / (heads - 1) as f32 } else { 0.5 };
-        shortest * (longest / shortest).powf(place)
-    }
-}
-
-/// The front of a recurrent structure: feature maps of query and key, and the gate.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct FeatureSpec {
-    /// f(q).
-    pub query: FeatureMap,
-    /// The write key w.
-    pub key: FeatureMap,
-    /// The log gate.
-    pub gate: Gate,
 }
 
 /// How a token is drawn: by softmax(logits / temperature), of what is left after `min_p`, `top_k` and `top_p`, in this order.
@@ -291,14 +239,14 @@ pub trait Ops: Send + Sync {
     fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()>;
     /// Rotates the halves of each head of `x [N, heads, D]` by the `angles`, cosines and sines `[N, D/2]`.
     fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()>;
-    /// `scale` times `dy` rotated back, plus a factor times another gradient.
+    /// `dx = keep dx + scale dy`, with `dy` rotated back; what is not kept is not read.
     fn rope_backward(
         &self,
         dx: &mut Tensor,
+        keep: f32,
         scale: f32,
         dy: &Tensor,
         angles: (&Tensor, &Tensor),
-        add: Option<(f32, &Tensor)>,
     ) -> Result<()>;
     /// `silu(gate) up`.
     fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()>;
@@ -342,24 +290,23 @@ pub trait Ops: Send + Sync {
         state: Option<&mut Tensor>,
     ) -> Result<()>;
 
-    /// f(q) `[N, H, D]`, write key and log gate `[N, K, D]` of `q` and `k`.
+    /// What Liger Attention makes of `q [N, H, D]` and `k [N, K, D]`: RoPE by the `angles` for the window, feature maps and the
+    /// gate for the recurrence.
     fn features_forward(
         &self,
-        query: &mut Tensor,
-        key: &mut Tensor,
-        log_gate: &mut Tensor,
+        out: Features<'_>,
         q: &Tensor,
         k: &Tensor,
+        angles: (&Tensor, &Tensor),
         spec: FeatureSpec,
     ) -> Result<()>;
-    /// Overwrites the gradients of f(q), write key and log gate: `dquery` by that of `q`, `dkey` by that of `k`.
+    /// Gradients of `q` and `k`, of both branches.
     fn features_backward(
         &self,
-        dquery: &mut Tensor,
-        dkey: &mut Tensor,
-        dlog_gate: &Tensor,
+        gradients: FeatureGradients<'_>,
         q: &Tensor,
         k: &Tensor,
+        angles: (&Tensor, &Tensor),
         spec: FeatureSpec,
     ) -> Result<()>;
     /// gsa: log gate `log sigmoid(pool(k)) / 16` and write strength `1 - gate`, both `[N, K, M]`, of `k [N, K, D]`;

@@ -1,6 +1,8 @@
 //! Products, norms, RoPE, SwiGLU, feature maps, losses and the optimizer.
 
-use liger_tensor::{AdamwParameter, AdamwStep, DType, Draw, FeatureMap, FeatureSpec, Gate, Gemm};
+use liger_tensor::{
+    AdamwParameter, AdamwStep, DType, Draw, FeatureGradients, FeatureMap, FeatureSpec, Features, Gate, Gemm,
+};
 
 use crate::plain::{gradient, log_sigmoid, matmul, mean, sigmoid, softmax, transpose};
 use crate::{Check, Numbers};
@@ -152,14 +154,7 @@ fn rope(c: &Check<'_>, d: usize) {
     let (n, heads) = (5, 3);
     let mut numbers = Numbers::new(1);
     let (x, angles) = (numbers.normal(n * heads * d), numbers.normal(n * d / 2));
-    let expected: Vec<f64> = (0..x.len())
-        .map(|i| {
-            let (t, e) = (i / (heads * d), i % d);
-            let (angle, other) = (angles[t * d / 2 + e % (d / 2)], if e < d / 2 { i + d / 2 } else { i - d / 2 });
-            let sign = if e < d / 2 { -1.0 } else { 1.0 };
-            x[i] * angle.cos() + sign * x[other] * angle.sin()
-        })
-        .collect();
+    let expected = turned(&x, &angles, heads, d);
     let table = |f: fn(f64) -> f64| c.exact(&angles.iter().map(|a| f(*a)).collect::<Vec<_>>(), &[n, d / 2]);
     let (cos, sin) = (table(f64::cos), table(f64::sin));
     let xt = c.tensor(&x, &[n, heads, d]);
@@ -167,10 +162,23 @@ fn rope(c: &Check<'_>, d: usize) {
     c.ops.rope_forward(&mut out, &xt, (&cos, &sin)).expect("rope");
     c.close("rope", &out, &expected);
     let mut back = c.poisoned(&[n, heads, d]);
-    c.ops.rope_backward(&mut back, 0.5, &out, (&cos, &sin), Some((1.5, &xt))).expect("rope");
+    c.ops.rope_backward(&mut back, 0.0, 0.5, &out, (&cos, &sin)).expect("rope");
+    c.close("rope back", &back, &x.iter().map(|x| 0.5 * x).collect::<Vec<_>>());
+    c.ops.rope_backward(&mut back, 2.0, 1.0, &out, (&cos, &sin)).expect("rope");
     c.close("rope back, and added", &back, &x.iter().map(|x| 2.0 * x).collect::<Vec<_>>());
     c.ops.combine(&mut out, 0.5, &xt, 2.0, &back).expect("combine");
     c.close("combine", &out, &x.iter().map(|x| 4.5 * x).collect::<Vec<_>>());
+}
+
+/// `x [N, heads, d]` after RoPE by `angles [N, d / 2]`.
+fn turned(x: &[f64], angles: &[f64], heads: usize, d: usize) -> Vec<f64> {
+    let one = |i: usize| {
+        let (t, e) = (i / (heads * d), i % d);
+        let (angle, other) = (angles[t * d / 2 + e % (d / 2)], if e < d / 2 { i + d / 2 } else { i - d / 2 });
+        let sign = if e < d / 2 { -1.0 } else { 1.0 };
+        x[i] * angle.cos() + sign * x[other] * angle.sin()
+    };
+    (0..x.len()).map(one).collect()
 }
 
 /// `log_gate` is that of `x`, for a share.
@@ -230,22 +238,43 @@ fn features(c: &Check<'_>) {
             let q = numbers.normal(n * heads * d);
             let k: Vec<f64> = numbers.normal(n * kv * d).iter().map(|k| 2.0 * k).collect();
             let (qt, kt) = (c.tensor(&q, &q_shape), c.tensor(&k, &k_shape));
+            let angles = numbers.normal(n * d / 2);
+            let table = |f: fn(f64) -> f64| c.exact(&angles.iter().map(|a| f(*a)).collect::<Vec<_>>(), &[n, d / 2]);
+            let (cos, sin) = (table(f64::cos), table(f64::sin));
             let (mut f, mut w, mut g) = (c.poisoned(&q_shape), c.poisoned(&k_shape), c.poisoned_exact(&k_shape));
-            c.ops.features_forward(&mut f, &mut w, &mut g, &qt, &kt, spec).expect("features_forward");
-            let what = format!("{spec:?}");
+            let (mut rope_q, mut rope_k) = (c.poisoned(&q_shape), c.poisoned(&k_shape));
+            let (query, rope_q_out, rope_k_out) = (&mut f, &mut rope_q, &mut rope_k);
+            let out = Features { rope_q: rope_q_out, rope_k: rope_k_out, query, key: &mut w, log_gate: &mut g };
+            c.ops.features_forward(out, &qt, &kt, (&cos, &sin), spec).expect("features_forward");
+            let what = format!("{spec:?}, {kv} heads of {d}");
+            c.close(&format!("{what}: q after RoPE"), &rope_q, &turned(&q, &angles, heads, d));
+            c.close(&format!("{what}: k after RoPE"), &rope_k, &turned(&k, &angles, kv, d));
             c.close(&format!("{what}: query"), &f, &map(&q, spec.query, d, &[]));
             c.close(&format!("{what}: key"), &w, &map(&k, key, d, &log_gate(&k, gate, kv, d)));
             c.close(&format!("{what}: gate"), &g, &log_gate(&k, gate, kv, d));
             let (df, dw, dg) = (numbers.normal(q.len()), numbers.normal(k.len()), numbers.normal(k.len()));
+            let (of_rope_q, of_rope_k) = (numbers.normal(q.len()), numbers.normal(k.len()));
             let (mut dq, mut dk) = (c.tensor(&df, &q_shape), c.tensor(&dw, &k_shape));
-            c.ops
-                .features_backward(&mut dq, &mut dk, &c.exact(&dg, &k_shape), &qt, &kt, spec)
-                .expect("features_backward");
-            c.close(&format!("{what}: dq"), &dq, &gradient(&q, &df, |q| map(q, spec.query, d, &[])));
-            let both: Vec<f64> = dw.iter().chain(&dg).copied().collect();
-            let expected = gradient(&k, &both, |k| {
+            let gradients = FeatureGradients {
+                q: &mut dq,
+                k: &mut dk,
+                log_gate: &c.exact(&dg, &k_shape),
+                rope_q: &c.tensor(&of_rope_q, &q_shape),
+                rope_k: &c.tensor(&of_rope_k, &k_shape),
+                recurrent: 0.5,
+                window: 0.75,
+            };
+            c.ops.features_backward(gradients, &qt, &kt, (&cos, &sin), spec).expect("features_backward");
+            let weighed = |branches: &[&[f64]], rope: &[f64]| -> Vec<f64> {
+                branches.concat().iter().map(|x| 0.5 * x).chain(rope.iter().map(|x| 0.75 * x)).collect()
+            };
+            let expected = gradient(&q, &weighed(&[&df], &of_rope_q), |q| {
+                [map(q, spec.query, d, &[]), turned(q, &angles, heads, d)].concat()
+            });
+            c.close(&format!("{what}: dq"), &dq, &expected);
+            let expected = gradient(&k, &weighed(&[&dw, &dg], &of_rope_k), |k| {
                 let gates = log_gate(k, gate, kv, d);
-                [map(k, key, d, &gates), gates].concat()
+                [map(k, key, d, &gates), gates, turned(k, &angles, kv, d)].concat()
             });
             c.close(&format!("{what}: dk"), &dk, &expected);
         }

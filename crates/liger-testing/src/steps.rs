@@ -2,8 +2,8 @@
 //! it stands for, which have their own checks.
 
 use liger_tensor::{
-    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Gate, GateAxis, Keeping, KeptKeys, KeyValueCache,
-    LigerStep, Recurrence, Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
+    Attention, AttentionSpec, DType, FeatureMap, FeatureSpec, Features, Gate, GateAxis, Keeping, KeptKeys,
+    KeyValueCache, LigerStep, Recurrence, Sequences, StepForm, StepLinear, StepOps, StepSpec, Tensor,
 };
 
 use crate::attention::frequencies;
@@ -12,7 +12,7 @@ use crate::{Check, Numbers};
 
 pub(crate) fn check(c: &Check<'_>) {
     let Some(steps) = c.ops.steps() else { return };
-    for rows in [1, 3, 8, 9, 16, 17, 32] {
+    for rows in [1, 3, 8, 9, 16, 17, 32, 33, 64] {
         for (inputs, outputs) in [(8, [1, 0, 0]), (40, [16, 33, 0]), (576, [48, 16, 20]), (2048, [64, 0, 0])] {
             linears(c, steps, rows, inputs, &outputs);
         }
@@ -191,7 +191,7 @@ fn liger(c: &Check<'_>, steps: &dyn StepOps, (kv, group, dim): (usize, usize, us
         let keeping = marks.as_ref().map(|scores| Keeping { scores, frequencies: &frequencies });
         let inputs = Attention { q: &q_rotated, k: &k_rotated, v: &v, keeping, sequences: &sequences, spec };
         ops.attention_forward(&mut window, inputs, Some(&mut plain_cache), None).expect("attention");
-        let recurrent = recurrence(c, form, (&q, &k, &v), &sequences, &mut plain_states);
+        let recurrent = recurrence(c, form, (&q, &k, &v), &angles, &sequences, &mut plain_states);
         let window = ops.download(&window).expect("download");
         let recurrent = recurrent.map_or(vec![0.0; window.len()], |r| ops.download(&r).expect("download"));
         let expected: Vec<f64> =
@@ -209,6 +209,7 @@ fn recurrence(
     c: &Check<'_>,
     form: StepForm,
     (q, k, v): (&Tensor, &Tensor, &Tensor),
+    angles: &[Tensor; 2],
     sequences: &Sequences,
     states: &mut [Tensor],
 ) -> Option<Tensor> {
@@ -219,8 +220,16 @@ fn recurrence(
         StepForm::Off | StepForm::Kept => return None,
         StepForm::Features(spec) => {
             let (mut query, mut key) = (c.poisoned(q.shape()), c.poisoned(k.shape()));
+            let (mut rope_q, mut rope_k) = (c.poisoned(q.shape()), c.poisoned(k.shape()));
             let mut log_gate = c.poisoned_exact(k.shape());
-            ops.features_forward(&mut query, &mut key, &mut log_gate, q, k, spec).expect("features");
+            let made = Features {
+                rope_q: &mut rope_q,
+                rope_k: &mut rope_k,
+                query: &mut query,
+                key: &mut key,
+                log_gate: &mut log_gate,
+            };
+            ops.features_forward(made, q, k, (&angles[0], &angles[1]), spec).expect("features");
             let inputs = Recurrence { q: &query, k: &key, v, log_gate: &log_gate, axis: GateAxis::Key, sequences };
             ops.gated_recurrence_forward(&mut out, inputs, states.first_mut(), None).expect("recurrence");
         }

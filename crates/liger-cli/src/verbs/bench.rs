@@ -8,7 +8,9 @@ use liger_model::{
     Adapter, Decoder, LigerConfig, LoraConfig, ModelConfig, RandomWeights, Recompute, SHAPES, Structure, Target,
     Weights, files,
 };
-use liger_tensor::{FeatureMap, FeatureSpec, Gate, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences};
+use liger_tensor::{
+    DType, FeatureMap, FeatureSpec, Features, Gate, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients, Sequences,
+};
 use liger_train::{Optimizer, Recipe, next_token_gradient};
 use serde_json::json;
 
@@ -263,7 +265,12 @@ impl Bench<'_> {
             let spec = FeatureSpec { query: FeatureMap::Softmax, key: FeatureMap::Softmax, gate: GLA_GATE };
             let (mut query, mut key) = (ops.empty(q.shape())?, ops.empty(k.shape())?);
             let mut log_gate = ops.empty_f32(k.shape())?;
-            ops.features_forward(&mut query, &mut key, &mut log_gate, &q, &k, spec)?;
+            let (mut rope_q, mut rope_k) = (ops.empty(q.shape())?, ops.empty(k.shape())?);
+            let [cos, sin] = [1.0, 0.0].map(|x| ops.upload(vec![x; n * d / 2], &[n, d / 2], DType::F32));
+            let (rope_q, rope_k) = (&mut rope_q, &mut rope_k);
+            let (query_out, key_out, gate_out) = (&mut query, &mut key, &mut log_gate);
+            let features = Features { rope_q, rope_k, query: query_out, key: key_out, log_gate: gate_out };
+            ops.features_forward(features, &q, &k, (&cos?, &sin?), spec)?;
             let (mut out, mut dv, mut dgate) =
                 (ops.empty(q.shape())?, ops.empty(v.shape())?, ops.empty_f32(k.shape())?);
             let sequences = Sequences::fresh(vec![length; batch]);

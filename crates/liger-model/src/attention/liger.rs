@@ -1,12 +1,13 @@
 //! Liger Attention: `alpha * recurrent + beta * window` (arXiv 2503.01496, equation 9).
 
 use liger_tensor::{
-    Attention, AttentionGradients, AttentionSpec, GateAxis, Keeping, KeyValueCache, Ops, Recurrence,
-    RecurrenceGradients, Sequences, Tensor,
+    Attention, AttentionGradients, AttentionSpec, FeatureGradients, Features, GateAxis, Keeping, KeyValueCache, Ops,
+    Recurrence, RecurrenceGradients, Sequences, Tensor,
 };
 
 use super::structures::{Form, Slots, SlotsGradients, Structure};
 use crate::config::{LigerConfig, ModelConfig};
+use crate::decoder::Angles;
 use crate::error::Result;
 
 /// The settings of one layer.
@@ -20,21 +21,37 @@ pub(crate) struct Liger {
     pub(crate) slots: usize,
 }
 
-/// q, k, v of a layer: before RoPE for the recurrence, after it for the window.
+/// q, k, v of a layer before RoPE, and its angles.
+#[derive(Clone, Copy)]
 pub(crate) struct Projected<'a> {
     pub(crate) q: &'a Tensor,
     pub(crate) k: &'a Tensor,
     pub(crate) v: &'a Tensor,
-    pub(crate) rope_q: &'a Tensor,
-    pub(crate) rope_k: &'a Tensor,
-    /// RoPE's, in revolutions.
-    pub(crate) frequencies: &'a Tensor,
+    pub(crate) angles: &'a Angles,
 }
 
-/// What the backward needs again.
+impl Projected<'_> {
+    /// q and k after RoPE.
+    pub(crate) fn rotated(&self, ops: &dyn Ops) -> Result<[Tensor; 2]> {
+        let rotated = |x: &Tensor| -> Result<Tensor> {
+            let mut out = ops.empty(x.shape())?;
+            ops.rope_forward(&mut out, x, self.angles.pair())?;
+            Ok(out)
+        };
+        Ok([rotated(self.q)?, rotated(self.k)?])
+    }
+}
+
+/// What the backward of a softmax over everything or over a window needs again.
+pub(crate) struct SoftmaxActivations {
+    /// q and k after RoPE.
+    pub(crate) rotated: [Tensor; 2],
+    pub(crate) statistics: Option<Tensor>,
+}
+
+/// What the backward needs again besides.
 pub(crate) struct LigerActivations {
     pub(crate) window: Tensor,
-    statistics: Option<Tensor>,
     /// Of the keys, `[N, K]`, where some are kept.
     scores: Option<Tensor>,
     /// `None` where alpha is 0: the branch is not run.
@@ -98,7 +115,7 @@ impl Liger {
         sequences: &Sequences,
         state: Option<(&mut KeyValueCache, &mut [Tensor])>,
         trains: bool,
-    ) -> Result<(Tensor, LigerActivations)> {
+    ) -> Result<(Tensor, SoftmaxActivations, LigerActivations)> {
         let (cache, mut recurrent_state) = match state {
             Some((cache, recurrent)) => (Some(cache), Some(recurrent)),
             None => (None, None),
@@ -109,67 +126,78 @@ impl Liger {
             let state = recurrent_state.as_deref_mut().and_then(|states| states.first_mut());
             ops.key_novelty(scores, x.k, sequences, state)?;
         }
-        let mut window = ops.empty(x.q.shape())?;
-        let mut statistics = if trains { ops.attention_statistics(x.q)? } else { None };
-        let kept = statistics.as_mut();
-        ops.attention_forward(&mut window, self.windowed(x, scores.as_ref(), sequences), cache, kept)?;
-        let mut mixed = ops.empty(x.q.shape())?;
-        if !self.has_branch() {
-            ops.axpby(&mut mixed, self.beta, &window, 0.0)?;
-            return Ok((mixed, LigerActivations { window, statistics, scores, recurrent: None, branch: Branch::Off }));
-        }
-        let mut recurrent = ops.empty(x.q.shape())?;
-        let branch = match self.structure.form() {
-            Form::Features(spec) => {
-                let mut query = ops.empty(x.q.shape())?;
-                let mut key = ops.empty(x.k.shape())?;
+        let mut recurrent = if self.has_branch() { Some(ops.empty(x.q.shape())?) } else { None };
+        let (rotated, branch) = match (&mut recurrent, self.structure.form()) {
+            (Some(recurrent), Form::Features(spec)) => {
+                let (mut rope_q, mut rope_k) = (ops.empty(x.q.shape())?, ops.empty(x.k.shape())?);
+                let (mut query, mut key) = (ops.empty(x.q.shape())?, ops.empty(x.k.shape())?);
                 let mut log_gate = ops.empty_f32(x.k.shape())?;
-                ops.features_forward(&mut query, &mut key, &mut log_gate, x.q, x.k, spec)?;
+                let out = Features {
+                    rope_q: &mut rope_q,
+                    rope_k: &mut rope_k,
+                    query: &mut query,
+                    key: &mut key,
+                    log_gate: &mut log_gate,
+                };
+                ops.features_forward(out, x.q, x.k, x.angles.pair(), spec)?;
                 let inputs = recurrence(&query, &key, x.v, &log_gate, sequences);
                 let state = recurrent_state.and_then(|states| states.first_mut());
                 let mut states = if trains { ops.recurrence_states(inputs)? } else { None };
-                ops.gated_recurrence_forward(&mut recurrent, inputs, state, states.as_mut())?;
-                Branch::Features { query, key, log_gate, states }
+                ops.gated_recurrence_forward(recurrent, inputs, state, states.as_mut())?;
+                ([rope_q, rope_k], Branch::Features { query, key, log_gate, states })
             }
-            Form::Slots => {
+            (Some(recurrent), Form::Slots) => {
                 let qkv = (x.q, x.k, x.v);
-                Branch::Slots(Slots::forward(ops, &mut recurrent, qkv, self.slots, sequences, recurrent_state, trains)?)
+                let slots = Slots::forward(ops, recurrent, qkv, self.slots, sequences, recurrent_state, trains)?;
+                (x.rotated(ops)?, Branch::Slots(slots))
             }
-            Form::Kept => Branch::Off, // has no branch: it has left above
+            (_, Form::Kept) | (None, _) => (x.rotated(ops)?, Branch::Off),
         };
-        ops.combine(&mut mixed, self.alpha, &recurrent, self.beta, &window)?;
-        Ok((mixed, LigerActivations { window, statistics, scores, recurrent: Some(recurrent), branch }))
+        let mut window = ops.empty(x.q.shape())?;
+        let mut statistics = if trains { ops.attention_statistics(x.q)? } else { None };
+        let inputs = self.windowed(x, &rotated, scores.as_ref(), sequences);
+        ops.attention_forward(&mut window, inputs, cache, statistics.as_mut())?;
+        let mut mixed = ops.empty(x.q.shape())?;
+        match &recurrent {
+            Some(recurrent) => ops.combine(&mut mixed, self.alpha, recurrent, self.beta, &window)?,
+            None => ops.axpby(&mut mixed, self.beta, &window, 0.0)?,
+        }
+        let softmax = SoftmaxActivations { rotated, statistics };
+        Ok((mixed, softmax, LigerActivations { window, scores, recurrent, branch }))
     }
 
-    fn windowed<'a>(&self, x: &Projected<'a>, scores: Option<&'a Tensor>, sequences: &'a Sequences) -> Attention<'a> {
-        let keeping = scores.map(|scores| Keeping { scores, frequencies: x.frequencies });
-        Attention { q: x.rope_q, k: x.rope_k, v: x.v, keeping, sequences, spec: self.spec }
+    fn windowed<'a>(
+        &self,
+        x: &Projected<'a>,
+        [q, k]: &'a [Tensor; 2],
+        scores: Option<&'a Tensor>,
+        sequences: &'a Sequences,
+    ) -> Attention<'a> {
+        let keeping = scores.map(|scores| Keeping { scores, frequencies: &x.angles.frequencies });
+        Attention { q, k, v: x.v, keeping, sequences, spec: self.spec }
     }
 
-    /// Gradients of q, k (before RoPE, the recurrent branch's part), of v (both), and of q, k after RoPE.
+    /// All gradients are linear in that of the output, so the branches' weights come last.
     pub(crate) fn backward(
         &self,
         ops: &dyn Ops,
         x: &Projected<'_>,
+        softmax: &SoftmaxActivations,
         activations: &LigerActivations,
         sequences: &Sequences,
         dmixed: &Tensor,
-    ) -> Result<LigerGradients> {
+    ) -> Result<MixerGradients> {
         let mut rope_q = ops.empty(x.q.shape())?;
         let mut rope_k = ops.empty(x.k.shape())?;
         let mut v = ops.empty(x.v.shape())?;
         let gradients = AttentionGradients { q: &mut rope_q, k: &mut rope_k, v: &mut v };
-        let inputs = self.windowed(x, activations.scores.as_ref(), sequences);
-        ops.attention_backward(gradients, inputs, &activations.window, activations.statistics.as_ref(), dmixed)?;
+        let inputs = self.windowed(x, &softmax.rotated, activations.scores.as_ref(), sequences);
+        ops.attention_backward(gradients, inputs, &activations.window, softmax.statistics.as_ref(), dmixed)?;
         let Self { alpha, beta, .. } = *self;
-        if matches!(activations.branch, Branch::Off) {
-            let mut scaled = ops.empty(v.shape())?;
-            ops.axpby(&mut scaled, beta, &v, 0.0)?;
-            return Ok(LigerGradients { plain: None, v: scaled, rope_q, rope_k, alpha, beta });
-        }
         let mut q = ops.empty(x.q.shape())?;
         let mut k = ops.empty(x.k.shape())?;
         let mut recurrent_v = ops.empty(x.v.shape())?;
+        let angles = x.angles.pair();
         match (&activations.branch, self.structure.form()) {
             (Branch::Features { query, key, log_gate, states }, Form::Features(spec)) => {
                 let mut dgate = ops.empty_f32(x.k.shape())?;
@@ -182,28 +210,34 @@ impl Liger {
                 };
                 let inputs = recurrence(query, key, x.v, log_gate, sequences);
                 ops.gated_recurrence_backward(gradients, inputs, None, states.as_ref(), dmixed)?;
-                ops.features_backward(&mut q, &mut k, &dgate, x.q, x.k, spec)?;
+                let (q, k) = (&mut q, &mut k);
+                let (rope_q, rope_k, log_gate) = (&rope_q, &rope_k, &dgate);
+                let gradients = FeatureGradients { q, k, log_gate, rope_q, rope_k, recurrent: alpha, window: beta };
+                ops.features_backward(gradients, x.q, x.k, angles, spec)?;
             }
             (Branch::Slots(slots), _) => {
                 let gradients = SlotsGradients { q: &mut q, k: &mut k, v: &mut recurrent_v };
                 slots.backward(ops, gradients, (x.q, x.k, x.v), sequences, dmixed)?;
+                ops.rope_backward(&mut q, alpha, beta, &rope_q, angles)?;
+                ops.rope_backward(&mut k, alpha, beta, &rope_k, angles)?;
             }
-            (Branch::Features { .. }, Form::Slots | Form::Kept) | (Branch::Off, _) => {}
+            (Branch::Features { .. }, Form::Slots | Form::Kept) | (Branch::Off, _) => {
+                ops.rope_backward(&mut q, 0.0, beta, &rope_q, angles)?;
+                ops.rope_backward(&mut k, 0.0, beta, &rope_k, angles)?;
+                ops.axpby(&mut recurrent_v, beta, &v, 0.0)?;
+                return Ok(MixerGradients { q, k, v: recurrent_v });
+            }
         }
         ops.axpby(&mut v, alpha, &recurrent_v, beta)?;
-        Ok(LigerGradients { plain: Some((q, k)), v, rope_q, rope_k, alpha, beta })
+        Ok(MixerGradients { q, k, v })
     }
 }
 
-/// See [`Liger::backward`]. All gradients are linear in that of the output, so the branches' weights come last: `alpha` and
-/// `beta` are still to be multiplied to `plain` and to `rope_q`, `rope_k`.
-pub(crate) struct LigerGradients {
-    pub(crate) plain: Option<(Tensor, Tensor)>,
+/// Gradients of q, k and v before RoPE.
+pub(crate) struct MixerGradients {
+    pub(crate) q: Tensor,
+    pub(crate) k: Tensor,
     pub(crate) v: Tensor,
-    pub(crate) rope_q: Tensor,
-    pub(crate) rope_k: Tensor,
-    pub(crate) alpha: f32,
-    pub(crate) beta: f32,
 }
 
 fn recurrence<'a>(

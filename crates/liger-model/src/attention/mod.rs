@@ -5,7 +5,7 @@ mod structures;
 
 use liger_tensor::AttentionSpec;
 
-pub(crate) use liger::{Liger, LigerActivations, LigerGradients, Projected};
+pub(crate) use liger::{Liger, LigerActivations, MixerGradients, Projected, SoftmaxActivations};
 pub use structures::Structure;
 pub(crate) use structures::{Form, kept};
 
