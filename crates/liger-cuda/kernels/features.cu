@@ -153,30 +153,31 @@ __device__ __forceinline__ float one_gate_gradient(float v, float dg, int gate, 
     return dg == 0.0f ? 0.0f : -dg * expf(v);
 }
 
-// Where a thread's four elements are.
+// Where a thread's four elements are. Counted in 32 bits: divisions of 64 would take longer than the rest.
 struct Fours {
     Side side;
-    long long element;
-    int head, d;
+    u32 head, d;
     bool inside;
+    long long element;
     const float *cosines, *sines;
     __device__ Fours(const FeatureSizes& s, const float* all_cosines, const float* all_sines) {
-        long long threads = blockDim.x * blockDim.y, of_query = static_cast<long long>(s.tokens) * s.heads * s.dim / 4;
-        int query_blocks = static_cast<int>((of_query + threads - 1) / threads), block = blockIdx.x;
+        u32 threads = blockDim.x * blockDim.y, lanes = s.dim / 4, rows = s.tokens * s.heads;
+        u32 query_blocks = (rows * lanes + threads - 1) / threads, block = blockIdx.x;
         bool is_key = block >= query_blocks;
         side = side_of(s, is_key);
-        element = ((is_key ? block - query_blocks : block) * threads + threadIdx.y * 32 + threadIdx.x) * 4;
-        // Every lane takes part in the sums.
-        long long row = element / s.dim;
-        inside = row < static_cast<long long>(s.tokens) * side.heads;
-        head = static_cast<int>(row % side.heads), d = static_cast<int>(element % s.dim);
-        long long angles = inside ? row / side.heads * (s.dim / 2) + d % (s.dim / 2) : 0;
+        u32 four = (is_key ? block - query_blocks : block) * threads + threadIdx.y * 32 + threadIdx.x;
+        // LANES is a power of two.
+        u32 row = four >> (31 - __clz(lanes)), token = row / static_cast<u32>(side.heads);
+        inside = token < static_cast<u32>(s.tokens);
+        head = row - token * side.heads, d = (four & (lanes - 1)) * 4;
+        element = static_cast<long long>(four) * 4;
+        long long angles = inside ? static_cast<long long>(token) * (s.dim / 2) + (d & (s.dim / 2 - 1)) : 0;
         cosines = all_cosines + angles, sines = all_sines + angles;
     }
     // x turned by the angles, or back.
     __device__ float4 turned(float4 x, int dim, bool back) const {
         float4 c = load4(cosines), t = load4(sines);
-        float sign = (d < dim / 2) == back ? 1.0f : -1.0f;
+        float sign = (static_cast<int>(d) < dim / 2) == back ? 1.0f : -1.0f;
         int partner = dim / 8;
         float4 y;
         y.x = x.x * c.x + sign * t.x * __shfl_xor_sync(0xffffffffu, x.x, partner);

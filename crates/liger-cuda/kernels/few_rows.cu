@@ -1,7 +1,7 @@
 // Linear layers of a few rows, at the speed of reading the weights: y [rows, outputs] = x [rows, inputs] w^T with bfloat16
 // x and w [outputs, inputs]. A norm before and a SwiGLU or an addition behind are part of it.
 //
-// A block of 8 warps has 16 outputs; its warps share the inputs, 32 at a time. Products are m16n8k16 with the weights as the
+// A block of 8 warps has 16 outputs or a few times as many; its warps share the inputs, 32 at a time. Products are m16n8k16 with the weights as the
 // left factor, straight from memory: a thread reads 8 neighbouring inputs of its rows of w and x, and counts them as those
 // that the product's layout gives it, which is the same order of inputs on both sides.
 //
@@ -45,9 +45,14 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Eight& upper, cons
     }
 }
 
+// 16 bytes of shared memory, without waiting for them; zeros if they are not wanted.
+__device__ __forceinline__ void fetch16(uint4* to, const void* from, bool wanted) {
+    u32 at = static_cast<u32>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+}
+
 // x times the norm's weight.
-__device__ __forceinline__ void normalize(Eight& x, const float* norm) {
-    float4 first = load4(norm), second = load4(norm + 4);
+__device__ __forceinline__ void normalize(Eight& x, float4 first, float4 second) {
     float weight[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -62,107 +67,205 @@ struct Outputs {
     int first, count;
 };
 
-// TILES of 8 rows; GROUPS of outputs, of one layer or of two that belong together. finish(row, i, sums) is called for every
-// row and i < 16, with the sum of output i of each group. AHEAD loads of each row of weights are under way at once.
+// What a thread sums: outputs of TILES of 8 rows and GROUPS of 16 outputs, and the rows' squares.
+template <int TILES, int GROUPS> struct Sums {
+    // Tiles whose sums are in shared memory at once, and floats that they take there.
+    static constexpr int TOGETHER = TILES < 4 ? TILES : 4, FLOATS = WARPS * GROUPS * TOGETHER * 8 * BLOCK_OUTPUTS;
+    float c[GROUPS][TILES][4] = {}, squares[(TILES + 1) / 2][4] = {};
+
+    // Takes in 8 inputs of one tile's rows; `norm(half)` are four of the norm's weights of these, where there is a norm.
+    template <class Norm>
+    __device__ __forceinline__ void add(int t, Eight x, const Eight (&upper)[GROUPS], const Eight (&lower)[GROUPS],
+                                        bool has_norm, Norm norm) {
+        const Eight nothing = {{0, 0, 0, 0}};
+        if (has_norm) {
+            // x x^T, whose diagonal are the squares: of even tiles in the upper half, of odd ones in the lower.
+            if (t % 2 == 0) multiply(squares[t / 2], x, nothing, x);
+            else multiply(squares[t / 2], nothing, x, x);
+            normalize(x, norm(0), norm(1));
+        }
+#pragma unroll
+        for (int m = 0; m < GROUPS; m++) multiply(c[m][t], upper[m], lower[m], x);
+    }
+
+    // finish(row, i, sums) for every row and i < 16, with the sum of output i of each group over all warps. `memory` has room
+    // for FLOATS.
+    template <class Finish>
+    __device__ __forceinline__ void finish_rows(float* memory, bool normalizes, const FewRows& s, Finish finish) {
+        __shared__ float squares_of[WARPS][TILES * 8];
+        auto sums = reinterpret_cast<float(*)[GROUPS][TOGETHER][8][BLOCK_OUTPUTS]>(memory);
+        int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            if (group >> 1 == quad) {
+                squares_of[warp][8 * t + group] = group & 1 ? squares[t / 2][t % 2 * 2 + 1] : squares[t / 2][t % 2 * 2];
+            }
+        }
+#pragma unroll
+        for (int first = 0; first < TILES; first += TOGETHER) {
+            if (first > 0) __syncthreads();
+#pragma unroll
+            for (int t = 0; t < TOGETHER; t++) {
+#pragma unroll
+                for (int m = 0; m < GROUPS; m++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        sums[warp][m][t][2 * quad + (i & 1)][group + (i >> 1) * 8] = c[m][first + t][i];
+                    }
+                }
+            }
+            __syncthreads();
+            for (int i = threadIdx.x; i < TOGETHER * 8 * BLOCK_OUTPUTS; i += 32 * WARPS) {
+                int t = i / (8 * BLOCK_OUTPUTS), r = i / BLOCK_OUTPUTS % 8, o = i % BLOCK_OUTPUTS, n = (first + t) * 8 + r;
+                if (n >= s.rows) continue;
+                float scale = 1.0f;
+                if (normalizes) {
+                    float total = 0.0f;
+                    for (int k = 0; k < WARPS; k++) total += squares_of[k][n];
+                    scale = rsqrtf(total / s.inputs + s.epsilon);
+                }
+                float result[GROUPS];
+#pragma unroll
+                for (int m = 0; m < GROUPS; m++) {
+                    result[m] = 0.0f;
+#pragma unroll
+                    for (int k = 0; k < WARPS; k++) result[m] += sums[k][m][t][r][o];
+                    result[m] *= scale;
+                }
+                finish(n, o, result);
+            }
+        }
+    }
+};
+
+// A thread's inputs of its first row of weights of each group; the second lies `below`. Rows past the end read others that are
+// there, and are not written.
+template <int GROUPS> struct OwnWeights {
+    const bf16* first[GROUPS];
+    int below[GROUPS];
+    __device__ __forceinline__ OwnWeights(const Outputs (&groups)[GROUPS], const FewRows& s) {
+        int group = (threadIdx.x & 31) >> 2, quad = threadIdx.x & 3;
+#pragma unroll
+        for (int m = 0; m < GROUPS; m++) {
+            int row = groups[m].first + group, count = groups[m].count;
+            first[m] = groups[m].w + static_cast<long long>(min(row, count - 1)) * s.inputs + quad * 8;
+            below[m] = row + 8 < count ? 8 * s.inputs : 0;
+        }
+    }
+};
+
+// TILES of 8 rows; GROUPS of outputs, of one layer or of two that belong together. AHEAD loads of each row of weights are under
+// way at once, into registers.
 template <int TILES, int GROUPS, int AHEAD, class Finish>
 __device__ __forceinline__ void few_rows(const Outputs (&groups)[GROUPS], const act* x, const float* norm, const FewRows& s,
                                          Finish finish) {
     constexpr int STRIDE = 32 * WARPS;
-    // Tiles whose sums are in shared memory at once.
-    constexpr int TOGETHER = TILES < 4 ? TILES : 4;
-    __shared__ float sums[WARPS][GROUPS][TOGETHER][8][BLOCK_OUTPUTS];
-    __shared__ float squares_of[WARPS][TILES * 8];
+    typedef Sums<TILES, GROUPS> AllSums;
+    __shared__ float memory[AllSums::FLOATS];
     const Eight nothing = {{0, 0, 0, 0}};
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
-    // The thread's inputs of its first row of weights; the second lies `below`. Rows past the end read others that are there,
-    // and are not written.
-    const bf16* own[GROUPS];
-    int below[GROUPS];
-#pragma unroll
-    for (int m = 0; m < GROUPS; m++) {
-        int first = groups[m].first + group, count = groups[m].count;
-        own[m] = groups[m].w + static_cast<long long>(min(first, count - 1)) * s.inputs + quad * 8;
-        below[m] = first + 8 < count ? 8 * s.inputs : 0;
-    }
+    OwnWeights<GROUPS> own(groups, s);
     x += group * s.inputs + quad * 8;
-    float c[GROUPS][TILES][4] = {}, squares[(TILES + 1) / 2][4] = {};
+    AllSums sums;
     Eight upper[AHEAD][GROUPS], lower[AHEAD][GROUPS], row[AHEAD][TILES];
-    auto load_w = [&](int a, int k) {
+    auto load = [&](int a, int k) {
+        bool inside = k + quad * 8 < s.inputs;
 #pragma unroll
         for (int m = 0; m < GROUPS; m++) {
             upper[a][m] = lower[a][m] = nothing;
-            if (k + quad * 8 >= s.inputs) continue;
-            upper[a][m] = load_weights(own[m] + k);
-            lower[a][m] = load_weights(own[m] + k + below[m]);
+            if (!inside) continue;
+            upper[a][m] = load_weights(own.first[m] + k);
+            lower[a][m] = load_weights(own.first[m] + k + own.below[m]);
         }
-    };
-    auto load_x = [&](int a, int k) {
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             row[a][t] = nothing;
-            if (k + quad * 8 < s.inputs && 8 * t + group < s.rows) row[a][t] = load_eight(x + 8 * t * s.inputs + k);
+            if (inside && 8 * t + group < s.rows) row[a][t] = load_eight(x + 8 * t * s.inputs + k);
         }
     };
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++) load_w(a, warp * 32 + a * STRIDE), load_x(a, warp * 32 + a * STRIDE);
+    for (int a = 0; a < AHEAD; a++) load(a, warp * 32 + a * STRIDE);
     for (int base = warp * 32; base < s.inputs; base += AHEAD * STRIDE) {
 #pragma unroll
         for (int a = 0; a < AHEAD; a++) {
             int k = base + a * STRIDE;
+            bool inside = k + quad * 8 < s.inputs;
+            auto weights = [&](int half) {
+                return inside ? load4(norm + quad * 8 + k + 4 * half) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            };
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                if (norm != nullptr) {
-                    // x x^T, whose diagonal are the squares: of even tiles in the upper half, of odd ones in the lower.
-                    if (t % 2 == 0) multiply(squares[t / 2], row[a][t], nothing, row[a][t]);
-                    else multiply(squares[t / 2], nothing, row[a][t], row[a][t]);
-                    if (k + quad * 8 < s.inputs) normalize(row[a][t], norm + quad * 8 + k);
-                }
-#pragma unroll
-                for (int m = 0; m < GROUPS; m++) multiply(c[m][t], upper[a][m], lower[a][m], row[a][t]);
-            }
-            load_w(a, k + AHEAD * STRIDE);
-            load_x(a, k + AHEAD * STRIDE);
+            for (int t = 0; t < TILES; t++) sums.add(t, row[a][t], upper[a], lower[a], norm != nullptr, weights);
+            load(a, k + AHEAD * STRIDE);
         }
     }
+    sums.finish_rows(memory, norm != nullptr, s, finish);
+}
+
+// The same for more rows than registers have room for: what is under way goes into shared memory, STAGES of all that a thread
+// will need, in slots that nobody else touches. Sums are taken in the same order, so a row's result does not depend on how many
+// there are.
+template <int TILES, int GROUPS, int STAGES, class Finish>
+__device__ __forceinline__ void many_rows(const Outputs (&groups)[GROUPS], const act* x, const float* norm, const FewRows& s,
+                                          Finish finish) {
+    constexpr int STRIDE = 32 * WARPS, SLOTS = 2 * GROUPS + TILES;
+    typedef Sums<TILES, GROUPS> AllSums;
+    extern __shared__ uint4 staged[];  // [STAGES][SLOTS][threads]: weights, rows of x
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
+    OwnWeights<GROUPS> own(groups, s);
+    x += group * s.inputs + quad * 8;
+    AllSums sums;
+    auto slot = [&](int stage, int i) { return staged + (stage * SLOTS + i) * 32 * WARPS + threadIdx.x; };
+    auto fetch = [&](int stage, int k) {
+        bool inside = k + quad * 8 < s.inputs;
 #pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        if (group >> 1 == quad) {
-            squares_of[warp][8 * t + group] = group & 1 ? squares[t / 2][t % 2 * 2 + 1] : squares[t / 2][t % 2 * 2];
+        for (int m = 0; m < GROUPS; m++) {
+            fetch16(slot(stage, 2 * m), own.first[m] + k, inside);
+            fetch16(slot(stage, 2 * m + 1), own.first[m] + k + own.below[m], inside);
         }
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            fetch16(slot(stage, 2 * GROUPS + t), x + 8 * t * s.inputs + k, inside && 8 * t + group < s.rows);
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    auto eight = [&](int stage, int i) -> Eight {
+        uint4 raw = *slot(stage, i);
+        return {{raw.x, raw.y, raw.z, raw.w}};
+    };
+#pragma unroll
+    for (int a = 0; a < STAGES - 1; a++) fetch(a, warp * 32 + a * STRIDE);
+    int stage = 0, next = STAGES - 1;
+    for (int k = warp * 32; k < s.inputs; k += STRIDE) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        Eight upper[GROUPS], lower[GROUPS];
+#pragma unroll
+        for (int m = 0; m < GROUPS; m++) upper[m] = eight(stage, 2 * m), lower[m] = eight(stage, 2 * m + 1);
+        // Through the L1 cache, which cp.async goes past: all blocks want the same few at once.
+        float4 weights[2] = {};
+        if (norm != nullptr && k + quad * 8 < s.inputs) {
+            weights[0] = load4(norm + quad * 8 + k), weights[1] = load4(norm + quad * 8 + k + 4);
+        }
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            Eight row = eight(stage, 2 * GROUPS + t);
+            sums.add(t, row, upper, lower, norm != nullptr, [&](int half) { return weights[half]; });
+        }
+        fetch(next, k + (STAGES - 1) * STRIDE);
+        stage = stage + 1 == STAGES ? 0 : stage + 1, next = next + 1 == STAGES ? 0 : next + 1;
     }
-#pragma unroll
-    for (int first = 0; first < TILES; first += TOGETHER) {
-        if (first > 0) __syncthreads();
-#pragma unroll
-        for (int t = 0; t < TOGETHER; t++) {
-#pragma unroll
-            for (int m = 0; m < GROUPS; m++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    sums[warp][m][t][2 * quad + (i & 1)][group + (i >> 1) * 8] = c[m][first + t][i];
-                }
-            }
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < TOGETHER * 8 * BLOCK_OUTPUTS; i += 32 * WARPS) {
-            int t = i / (8 * BLOCK_OUTPUTS), r = i / BLOCK_OUTPUTS % 8, o = i % BLOCK_OUTPUTS, n = (first + t) * 8 + r;
-            if (n >= s.rows) continue;
-            float scale = 1.0f;
-            if (norm != nullptr) {
-                float total = 0.0f;
-                for (int k = 0; k < WARPS; k++) total += squares_of[k][n];
-                scale = rsqrtf(total / s.inputs + s.epsilon);
-            }
-            float result[GROUPS];
-#pragma unroll
-            for (int m = 0; m < GROUPS; m++) {
-                result[m] = 0.0f;
-#pragma unroll
-                for (int k = 0; k < WARPS; k++) result[m] += sums[k][m][t][r][o];
-                result[m] *= scale;
-            }
-            finish(n, o, result);
-        }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    sums.finish_rows(reinterpret_cast<float*>(staged), norm != nullptr, s, finish);
+}
+
+// Either of the two.
+template <int TILES, int GROUPS, class Finish>
+__device__ __forceinline__ void rows_by_weights(const Outputs (&groups)[GROUPS], const act* x, const float* norm,
+                                                const FewRows& s, Finish finish) {
+    if constexpr (TILES == 8) {
+        many_rows<TILES, GROUPS, GROUPS == 4 ? 3 : 4>(groups, x, norm, s, finish);
+    } else {
+        few_rows<TILES, GROUPS, TILES * GROUPS == 1 ? 4 : TILES * GROUPS == 8 ? 1 : 2>(groups, x, norm, s, finish);
     }
 }
 
@@ -186,8 +289,7 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
     Outputs groups[GROUPS];
 #pragma unroll
     for (int m = 0; m < GROUPS; m++) groups[m] = {weights, block * ACROSS + m * BLOCK_OUTPUTS, count};
-    constexpr int AHEAD = TILES * GROUPS == 1 ? 4 : TILES * GROUPS >= 8 ? 1 : 2;
-    few_rows<TILES, GROUPS, AHEAD>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
+    rows_by_weights<TILES, GROUPS>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
 #pragma unroll
         for (int m = 0; m < GROUPS; m++) {
             int o = groups[m].first + i;
@@ -205,15 +307,24 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
     });
 }
 
-// y = silu(x gate^T) (x up^T). Grid (blocks).
-template <int TILES>
+// y = silu(x gate^T) (x up^T), 16 PAIRS outputs a block. Grid (blocks).
+template <int TILES, int PAIRS>
 __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up, const act* x, const float* norm,
                                        const FewRows& s) {
-    int first = blockIdx.x * BLOCK_OUTPUTS, count = s.outputs[0];
-    const Outputs groups[2] = {{gate, first, count}, {up, first, count}};
-    few_rows<TILES, 2, TILES >= 4 ? 1 : 2>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2]) {
-        if (first + i >= count) return;
-        y[static_cast<long long>(n) * count + first + i] = from_float<act>(sums[0] * sigmoid(sums[0]) * sums[1]);
+    int first = blockIdx.x * PAIRS * BLOCK_OUTPUTS, count = s.outputs[0];
+    Outputs groups[2 * PAIRS];
+#pragma unroll
+    for (int m = 0; m < PAIRS; m++) {
+        groups[m] = {gate, first + m * BLOCK_OUTPUTS, count}, groups[PAIRS + m] = {up, first + m * BLOCK_OUTPUTS, count};
+    }
+    rows_by_weights<TILES, 2 * PAIRS>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2 * PAIRS]) {
+#pragma unroll
+        for (int m = 0; m < PAIRS; m++) {
+            int o = groups[m].first + i;
+            if (o >= count) break;
+            float y_gate = sums[m];
+            y[static_cast<long long>(n) * count + o] = from_float<act>(y_gate * sigmoid(y_gate) * sums[PAIRS + m]);
+        }
     });
 }
 
@@ -228,23 +339,25 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
         const float* bias[3] = {b0, b1, b2};                                                                              \
         linears<TILES, GROUPS>(y, w, bias, x, norm, s);                                                                   \
     }
-#define SWIGLU(TILES, BLOCKS)                                                                                             \
+#define SWIGLU(TILES, PAIRS, BLOCKS)                                                                                      \
     extern "C" __global__ void __launch_bounds__(256, BLOCKS)                                                             \
-        swiglu_##TILES(act* y, const bf16* gate, const bf16* up, const act* x, const float* norm, FewRows s) {            \
-        swiglu<TILES>(y, gate, up, x, norm, s);                                                                           \
+        swiglu_##TILES##_##PAIRS(act* y, const bf16* gate, const bf16* up, const act* x, const float* norm, FewRows s) {  \
+        swiglu<TILES, PAIRS>(y, gate, up, x, norm, s);                                                                    \
     }
 
 #ifdef ACT_BF16
 LINEARS(1, 1, 2)
 LINEARS(2, 1, 3)
 LINEARS(4, 1, 2)
-LINEARS(8, 1, 2)
+LINEARS(8, 1, 1)
 LINEARS(1, 2, 3)
 LINEARS(2, 2, 2)
 LINEARS(4, 2, 2)
 LINEARS(8, 2, 1)
-SWIGLU(1, 3)
-SWIGLU(2, 2)
-SWIGLU(4, 2)
-SWIGLU(8, 1)
+LINEARS(8, 4, 1)
+SWIGLU(1, 1, 3)
+SWIGLU(2, 1, 2)
+SWIGLU(4, 1, 2)
+SWIGLU(8, 1, 1)
+SWIGLU(8, 2, 1)
 #endif

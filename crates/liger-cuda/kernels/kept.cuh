@@ -161,6 +161,7 @@ struct Choice {
             for (int at = 0; at < length; at += 32) {
                 bool there = at + lane < length && (stays[begin + min(at + lane, length - 1)] != 0) == (warp == 1);
                 u32 mask = __ballot_sync(0xffffffffu, there);
+                __syncwarp();
                 if (there) stays[begin + found + __popc(mask & ((1u << lane) - 1))] = at + lane;
                 found += __popc(mask);
             }

@@ -46,7 +46,8 @@ impl Pass {
             maps.into_iter().chain([divisor, longest].map(float)).chain(sizes).chain([recurrent, window].map(float));
         words.iter_mut().zip(all).for_each(|(word, value)| *word = value);
         // A quarter of the head in threads, where that divides a warp.
-        let fours = (dim / 4).is_power_of_two() && dim % 8 == 0 && dim <= 128;
+        let counted = (q.len() + k.len()) / 4 < u32::MAX as usize / 2;
+        let fours = (dim / 4).is_power_of_two() && dim % 8 == 0 && dim <= 128 && counted;
         // Query and key begin in blocks of their own, of eight warps.
         let warps = |elements: usize| elements.div_ceil(128).next_multiple_of(8);
         let rows = if fours { warps(q.len()) + warps(k.len()) } else { tokens * (heads + kv) };

@@ -15,8 +15,8 @@ use crate::{Cuda, pointer, typed};
 
 /// Rows that the largest kernel of few_rows.cu takes: eight tiles of eight.
 const MOST_ROWS: usize = 64;
-/// Beyond so many rows a single product is left to cuBLASLt.
-const MOST_ROWS_OF_A_PRODUCT: usize = 32;
+/// Rows that its kernels keep in registers; more want a large shared memory, and a single product of so many is cuBLASLt's.
+const MOST_ROWS_IN_REGISTERS: usize = 32;
 /// Outputs of a block: `BLOCK_OUTPUTS` of the kernels.
 const BLOCK_OUTPUTS: usize = 16;
 /// Layers that one launch takes: `MOST_OUTPUTS` of the kernels.
@@ -28,14 +28,40 @@ const LARGEST_HEAD: usize = 128;
 /// Elements of `StepShared.parts` a query head.
 const PARTS: usize = 1024;
 
-/// The kernel for so many rows.
-fn by_tiles(rows: usize, names: [&'static str; 4]) -> &'static str {
-    match rows.div_ceil(8) {
-        0 | 1 => names[0],
-        2 => names[1],
-        3 | 4 => names[2],
-        _ => names[3],
-    }
+/// Kernels for up to 8, 16, 32 and 64 rows, by groups of [`BLOCK_OUTPUTS`] a block: `LINEARS` and `SWIGLU` of few_rows.cu.
+const LINEARS: [&[(usize, &str)]; 4] = [
+    &[(2, "linears_1_2"), (1, "linears_1_1")],
+    &[(2, "linears_2_2"), (1, "linears_2_1")],
+    &[(2, "linears_4_2"), (1, "linears_4_1")],
+    &[(4, "linears_8_4"), (2, "linears_8_2"), (1, "linears_8_1")],
+];
+const SWIGLU: [&[(usize, &str)]; 4] =
+    [&[(1, "swiglu_1_1")], &[(1, "swiglu_2_1")], &[(1, "swiglu_4_1")], &[(2, "swiglu_8_2"), (1, "swiglu_8_1")]];
+
+/// The kernel for so many rows, and its launch: more outputs a block read x less often, where enough blocks are left for every
+/// processor; of many rows x is most of what is read, and three of eight processors read it faster. A layer has `matrices` of the
+/// same shape; `outputs` are of each layer.
+fn few_rows_kernel(
+    cuda: &Cuda,
+    kernels: [&[(usize, &'static str)]; 4],
+    rows: usize,
+    outputs: &[usize],
+    matrices: usize,
+) -> (&'static str, Launch) {
+    let of_rows = kernels[rows.div_ceil(8).max(1).next_power_of_two().ilog2().min(3) as usize];
+    let blocks = |groups: usize| -> usize { outputs.iter().map(|n| n.div_ceil(groups * BLOCK_OUTPUTS)).sum() };
+    let many = rows > MOST_ROWS_IN_REGISTERS;
+    let enough = if many { cuda.gpu.processors * 3 / 8 } else { cuda.gpu.processors };
+    let most = of_rows.iter().find(|(groups, _)| blocks(*groups) >= enough).or(of_rows.last());
+    let (groups, name) = most.copied().unwrap_or((1, ""));
+    let shared = if many { staged_bytes(groups * matrices) } else { 0 };
+    (name, Launch { grid: (blocks(groups) as u32, 1, 1), block: (256, 1), shared })
+}
+
+/// Shared memory of `many_rows` with so many groups of outputs.
+fn staged_bytes(groups: usize) -> usize {
+    let (stages, slots) = (if groups == 4 { 3 } else { 4 }, 2 * groups + MOST_ROWS / 8);
+    stages * slots * 256 * 16
 }
 
 /// Addresses of one layer; `bias` may be 0.
@@ -69,15 +95,8 @@ fn linears(
     let outputs: Vec<usize> = (0..MOST_LAYERS).map(|i| at(i).outputs).collect();
     let words = words(rows, inputs, &outputs, norm, layers.len(), add, wide);
     args.push(Arg::Words(&words));
-    // Two groups of outputs a block read x half as often, where enough blocks are left for every processor.
-    let blocks = |groups: usize| -> usize { outputs.iter().map(|n| n.div_ceil(groups * BLOCK_OUTPUTS)).sum() };
-    let (blocks, name) = match blocks(2) {
-        blocks if blocks >= cuda.gpu.processors => {
-            (blocks, by_tiles(rows, ["linears_1_2", "linears_2_2", "linears_4_2", "linears_8_2"]))
-        }
-        _ => (blocks(1), by_tiles(rows, ["linears_1_1", "linears_2_1", "linears_4_1", "linears_8_1"])),
-    };
-    cuda.launch((Source::FewRows, name), few_rows_launch(blocks), &args)
+    let (name, launch) = few_rows_kernel(cuda, LINEARS, rows, &outputs, 1);
+    cuda.launch((Source::FewRows, name), launch, &args)
 }
 
 /// One layer, as a product of `Ops::gemm`.
@@ -91,7 +110,7 @@ pub(crate) fn linear(cuda: &Cuda, y: &Tensor, x: &Tensor, w: &Tensor, add: bool)
 pub(crate) fn takes_linear(activations: DType, x: &Tensor, w: &Tensor) -> bool {
     let (rows, inputs) = matrix(x);
     let types = [activations, x.dtype(), w.dtype()].iter().all(|&t| t == DType::Bf16);
-    types && rows <= MOST_ROWS_OF_A_PRODUCT && inputs.is_multiple_of(8)
+    types && rows <= MOST_ROWS_IN_REGISTERS && inputs.is_multiple_of(8)
 }
 
 fn matrix(x: &Tensor) -> (usize, usize) {
@@ -126,10 +145,6 @@ fn words(
     [rows as i32, inputs as i32, parts as i32, output(0), output(1), output(2), epsilon, add, wide]
 }
 
-fn few_rows_launch(blocks: usize) -> Launch {
-    Launch { grid: (blocks as u32, 1, 1), block: (256, 1), shared: 0 }
-}
-
 /// Bytes of shared memory: `StepShared` of liger_step.cu, scores, keys and values.
 fn shared_bytes(spec: &StepSpec, cache_rows: usize) -> usize {
     let (group, dim) = (spec.heads / spec.kv_heads, spec.head_dim);
@@ -162,7 +177,8 @@ fn block<'a>(operation: &'static str, tokens: &'a dyn DeviceMemory) -> Result<&'
 
 impl StepOps for Cuda {
     fn most_texts(&self) -> usize {
-        MOST_ROWS
+        let most = [1, 2, 4].map(staged_bytes).into_iter().max().unwrap_or(0) + MOST_ROWS * 8 * 4;
+        if most <= self.gpu.largest_shared { MOST_ROWS } else { MOST_ROWS_IN_REGISTERS }
     }
 
     fn takes(&self, spec: &StepSpec, cache: &KeyValueCache) -> bool {
@@ -230,8 +246,8 @@ impl StepOps for Cuda {
             norm_pointer(NAME, Some(norm))?,
             Arg::Words(&words),
         ];
-        let name = by_tiles(rows, ["swiglu_1", "swiglu_2", "swiglu_4", "swiglu_8"]);
-        self.launch((Source::FewRows, name), few_rows_launch(outputs.div_ceil(BLOCK_OUTPUTS)), &args)
+        let (name, launch) = few_rows_kernel(self, SWIGLU, rows, &[outputs], 2);
+        self.launch((Source::FewRows, name), launch, &args)
     }
 
     fn liger(&self, mixed: &mut Tensor, step: LigerStep<'_>, tokens: &dyn DeviceMemory) -> Result<()> {
