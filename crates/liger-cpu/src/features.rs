@@ -86,6 +86,7 @@ pub(crate) fn forward(
                 vectorized!(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -softplus(-k) / divisor),);
             }
             Gate::NegativeExp => vectorized!(|| out.iter_mut().zip(k).for_each(|(g, k)| *g = -exp(*k)),),
+            Gate::None => out.fill(0.0),
             Gate::MeanLogSigmoid | Gate::MeanLogSigmoidOver { .. } | Gate::MeanNegativeSoftplus => {
                 for (row, (out, k)) in out.chunks_exact_mut(d).zip(k.chunks_exact(d)).enumerate() {
                     out.fill(mean_gate(spec.gate, k, spec.gate.head_divisor((first + row) % heads, heads)));
@@ -128,6 +129,7 @@ fn key_backward(dkey: &mut Tensor, dlog_gate: &Tensor, k: &Tensor, spec: Feature
         let range = first * d..first * d + dk.len();
         let (k, dg) = (&k[range.clone()], &dlog_gate[range]);
         vectorized!(|| match spec.gate {
+            Gate::None => {}
             Gate::LogSigmoid { divisor } => {
                 for ((dk, k), dg) in dk.iter_mut().zip(k).zip(dg) {
                     *dk += dg * sigmoid(-k) / divisor;

@@ -145,12 +145,13 @@ __device__ __forceinline__ float4 softmax4(float4 v, int lanes) {
 }
 
 __device__ __forceinline__ float one_gate(float v, int gate, float divisor) {
-    return gate == GATE_LOG_SIGMOID ? -softplus(-v) / divisor : -expf(v);
+    if (gate == GATE_LOG_SIGMOID) return -softplus(-v) / divisor;
+    return gate == GATE_NONE ? 0.0f : -expf(v);
 }
 
 __device__ __forceinline__ float one_gate_gradient(float v, float dg, int gate, float divisor) {
     if (gate == GATE_LOG_SIGMOID) return dg * sigmoid(-v) / divisor;
-    return dg == 0.0f ? 0.0f : -dg * expf(v);
+    return gate == GATE_NONE || dg == 0.0f ? 0.0f : -dg * expf(v);
 }
 
 // Where a thread's four elements are. Counted in 32 bits: divisions of 64 would take longer than the rest.

@@ -8,6 +8,7 @@
 #define GATE_MEAN_NEGATIVE_SOFTPLUS 2
 #define GATE_NEGATIVE_EXP 3
 #define GATE_MEAN_LOG_SIGMOID_OVER 4
+#define GATE_NONE 5
 #define GSA_DIVISOR 16.0f
 
 __device__ __forceinline__ bool is_gate_of_mean(int gate) {

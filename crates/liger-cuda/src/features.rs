@@ -15,6 +15,7 @@ pub(crate) fn gate_words(gate: Gate) -> (i32, f32, f32) {
         Gate::MeanNegativeSoftplus => (2, 1.0, 0.0),
         Gate::NegativeExp => (3, 1.0, 0.0),
         Gate::MeanLogSigmoidOver { shortest, longest } => (4, shortest, longest),
+        Gate::None => (5, 1.0, 0.0),
     }
 }
 

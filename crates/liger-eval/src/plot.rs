@@ -75,7 +75,8 @@ impl Plot {
             let low = values.iter().copied().fold(f64::INFINITY, f64::min);
             let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let low = if zero { low.min(0.0) } else { low };
-            let space = ((high - low) * 0.06).max(1e-3);
+            // A single value stands in the middle of a decade, or of its own size.
+            let space = if high > low { (high - low) * 0.06 } else { (0.3 * high.abs()).clamp(1e-3, 0.5) };
             (high >= low).then_some(if zero { low..high + space } else { low - space..high + space })
         };
         let xs = range(lines.iter().flatten().map(|p| p.0).collect(), false)?;

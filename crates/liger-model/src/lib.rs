@@ -25,7 +25,7 @@ mod tokenizer;
 mod weights;
 
 pub use adapter::{Adapter, Lora, LoraConfig, Target};
-pub use attention::Structure;
+pub use attention::{GateSource, Structure};
 pub use block::Branches;
 pub use checkpoint::Checkpoint;
 pub use config::{Family, LigerConfig, ModelConfig, RopeConfig, RopeScaling};

@@ -9,7 +9,7 @@ use liger_tensor::{
 };
 
 use crate::adapter::{Adapter, Target};
-use crate::attention::{Form, Liger, Mixer};
+use crate::attention::{Form, GateSource, Liger, Mixer};
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::state::{LayerState, State};
@@ -97,13 +97,15 @@ impl Decoder {
     /// Settings of every layer, if all are Liger Attention.
     fn step_specs(&self) -> Option<Vec<StepSpec>> {
         let config = self.config();
+        // The kernel makes the gate of the key alone.
+        let is_plain = |liger: &Liger| matches!(liger.gate, GateSource::Key | GateSource::None);
         let spec = |liger: &Liger| StepSpec {
             heads: config.num_heads,
             kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
             form: match liger.structure.form() {
                 _ if liger.alpha == 0.0 => StepForm::Off,
-                Form::Features(spec) => StepForm::Features(spec),
+                Form::Features(spec) => StepForm::Features(liger.gate.of_key(spec)),
                 Form::Slots => StepForm::Slots(liger.slots),
                 Form::Kept => StepForm::Kept,
             },
@@ -112,7 +114,10 @@ impl Decoder {
             rope_factor: self.frequencies().1 as f32,
             epsilon: config.rms_norm_eps,
         };
-        let specs = self.mixers().iter().map(|mixer| if let Mixer::Liger(l) = mixer { Some(spec(l)) } else { None });
+        let specs = self
+            .mixers()
+            .iter()
+            .map(|mixer| if let Mixer::Liger(l) = mixer { is_plain(l).then(|| spec(l)) } else { None });
         specs.collect()
     }
 

@@ -35,6 +35,8 @@ pub enum Gate {
     MeanNegativeSoftplus,
     /// `-exp(k)`.
     NegativeExp,
+    /// 0: nothing is forgotten, and the gate has no gradient.
+    None,
 }
 
 impl Gate {

@@ -197,6 +197,7 @@ fn log_gate(k: &[f64], gate: Gate, heads: usize, d: usize) -> Vec<f64> {
     match gate {
         Gate::LogSigmoid { divisor } => k.iter().map(|k| log_sigmoid(*k) / f64::from(divisor)).collect(),
         Gate::NegativeExp => k.iter().map(|k| -k.exp()).collect(),
+        Gate::None => vec![0.0; k.len()],
         Gate::MeanLogSigmoid => k.chunks(d).flat_map(|k| vec![log_sigmoid(mean(k)); d]).collect(),
         Gate::MeanLogSigmoidOver { shortest, longest } => {
             let (shortest, longest) = (f64::from(shortest), f64::from(longest));
@@ -218,6 +219,7 @@ fn features(c: &Check<'_>) {
         Gate::MeanNegativeSoftplus,
         Gate::MeanLogSigmoidOver { shortest: 2.0, longest: 50.0 },
         Gate::NegativeExp,
+        Gate::None,
     ];
     for gate in gates {
         for (key, kv, d) in [

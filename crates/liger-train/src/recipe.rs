@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use liger_model::{LigerConfig, LoraConfig, Structure, Target};
+use liger_model::{GateSource, LigerConfig, LoraConfig, Structure, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, io, unusable};
@@ -27,6 +27,9 @@ pub struct Recipe {
 pub struct LigerRecipe {
     /// gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept.
     pub structure: String,
+    /// What gla's gate is made of: key, query, value or none.
+    #[serde(default = "key", skip_serializing_if = "is_key")]
+    pub gate: String,
     /// Keys that the softmax window sees.
     #[serde(default = "default_window")]
     pub window: usize,
@@ -164,6 +167,14 @@ pub struct TrainRecipe {
 fn default_window() -> usize {
     64
 }
+fn key() -> String {
+    GateSource::Key.name().into()
+}
+
+fn is_key(gate: &str) -> bool {
+    gate == GateSource::Key.name()
+}
+
 fn half() -> f32 {
     0.5
 }
@@ -234,6 +245,11 @@ impl Recipe {
             let expected = "gla, hgrn2, gsa, retnet, mamba2, rwkv6, mean or kept";
             return fail("liger.structure", format!("`{}`", self.liger.structure), expected);
         }
+        let gate = GateSource::from_name(&self.liger.gate);
+        if gate.is_none_or(|gate| gate != GateSource::Key && self.liger.structure != Structure::Gla.name()) {
+            let expected = "key; for gla also query, value or none";
+            return fail("liger.gate", format!("`{}`", self.liger.gate), expected);
+        }
         for (field, size) in [
             ("liger.window", self.liger.window),
             ("lora.rank", self.lora.rank),
@@ -278,7 +294,7 @@ impl Recipe {
         name.clone_into(&mut self.liger.structure);
         if let Some(structure) = Structure::from_name(name) {
             let LigerConfig { sinks, alpha, beta, .. } = LigerConfig::paper(structure);
-            self.liger = LigerRecipe { sinks, alpha, beta, slots: None, ..self.liger.clone() };
+            self.liger = LigerRecipe { gate: key(), sinks, alpha, beta, slots: None, ..self.liger.clone() };
         }
     }
 
@@ -286,7 +302,8 @@ impl Recipe {
     pub fn liger_config(&self) -> LigerConfig {
         let LigerRecipe { window, sinks, alpha, beta, slots, ref softmax_layers, .. } = self.liger;
         let structure = Structure::from_name(&self.liger.structure).unwrap_or(Structure::Gla);
-        LigerConfig { structure, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() }
+        let gate = GateSource::from_name(&self.liger.gate).unwrap_or_default();
+        LigerConfig { structure, gate, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() }
     }
 
     /// The settings of the adapter.

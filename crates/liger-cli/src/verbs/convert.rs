@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use liger_model::checkpoint::{SaveFormat, save_gguf, save_model};
-use liger_model::{LigerConfig, Structure};
+use liger_model::{GateSource, LigerConfig, Structure};
 use liger_tensor::DType;
 
 use crate::common::{DeviceArgs, OutArgs, Precision, prepare_file, print};
@@ -96,7 +96,8 @@ impl FormArgs {
                 "--alpha, --beta: found {alpha} and {beta}, expected 1 and 1: kept has one softmax over window and memory"
             );
         }
-        Ok(LigerConfig { structure, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() })
+        let gate = GateSource::Key;
+        Ok(LigerConfig { structure, gate, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() })
     }
 }
 

@@ -5,6 +5,7 @@ use liger_tensor::{
     Recurrence, RecurrenceGradients, Sequences, Tensor,
 };
 
+use super::GateSource;
 use super::structures::{Form, Slots, SlotsGradients, Structure};
 use crate::config::{LigerConfig, ModelConfig};
 use crate::decoder::Angles;
@@ -14,6 +15,7 @@ use crate::error::Result;
 #[derive(Debug, Clone)]
 pub(crate) struct Liger {
     pub(crate) structure: Structure,
+    pub(crate) gate: GateSource,
     pub(crate) spec: AttentionSpec,
     pub(crate) alpha: f32,
     pub(crate) beta: f32,
@@ -77,13 +79,14 @@ impl Branch {
 
 impl Liger {
     pub(crate) fn new(liger: &LigerConfig, config: &ModelConfig) -> Self {
-        let &LigerConfig { window, sinks, structure, .. } = liger;
+        let &LigerConfig { window, sinks, structure, gate, .. } = liger;
         // No key is farther from a query than the base model has seen: the window is up to two stretches long.
         let reach = config.max_position_embeddings.saturating_sub(2 * window);
         let kept = liger.kept();
         let reach = (kept > 0).then_some(reach);
         Self {
             structure,
+            gate,
             spec: AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) },
             alpha: liger.alpha,
             beta: liger.beta,
@@ -139,7 +142,8 @@ impl Liger {
                     key: &mut key,
                     log_gate: &mut log_gate,
                 };
-                ops.features_forward(out, x.q, x.k, x.angles.pair(), spec)?;
+                ops.features_forward(out, x.q, x.k, x.angles.pair(), self.gate.of_key(spec))?;
+                self.gate.forward(ops, &mut log_gate, x, spec)?;
                 let inputs = recurrence(&query, &key, x.v, &log_gate, sequences);
                 let state = recurrent_state.and_then(|states| states.first_mut());
                 let mut states = if trains { ops.recurrence_states(inputs)? } else { None };
@@ -198,6 +202,7 @@ impl Liger {
         let mut k = ops.empty(x.k.shape())?;
         let mut recurrent_v = ops.empty(x.v.shape())?;
         let angles = x.angles.pair();
+        let mut through_gate = None;
         match (&activations.branch, self.structure.form()) {
             (Branch::Features { query, key, log_gate, states }, Form::Features(spec)) => {
                 let mut dgate = ops.empty_f32(x.k.shape())?;
@@ -213,7 +218,8 @@ impl Liger {
                 let (q, k) = (&mut q, &mut k);
                 let (rope_q, rope_k, log_gate) = (&rope_q, &rope_k, &dgate);
                 let gradients = FeatureGradients { q, k, log_gate, rope_q, rope_k, recurrent: alpha, window: beta };
-                ops.features_backward(gradients, x.q, x.k, angles, spec)?;
+                ops.features_backward(gradients, x.q, x.k, angles, self.gate.of_key(spec))?;
+                through_gate = Some((dgate, spec));
             }
             (Branch::Slots(slots), _) => {
                 let gradients = SlotsGradients { q: &mut q, k: &mut k, v: &mut recurrent_v };
@@ -229,7 +235,11 @@ impl Liger {
             }
         }
         ops.axpby(&mut v, alpha, &recurrent_v, beta)?;
-        Ok(MixerGradients { q, k, v })
+        let mut gradients = MixerGradients { q, k, v };
+        if let Some((dgate, spec)) = through_gate {
+            self.gate.backward(ops, &mut gradients, &dgate, alpha, x, spec)?;
+        }
+        Ok(gradients)
     }
 }
 

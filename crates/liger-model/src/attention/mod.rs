@@ -1,10 +1,12 @@
 //! What replaces softmax attention, and softmax attention itself.
 
+mod gate_source;
 mod liger;
 mod structures;
 
 use liger_tensor::AttentionSpec;
 
+pub use gate_source::GateSource;
 pub(crate) use liger::{Liger, LigerActivations, MixerGradients, Projected, SoftmaxActivations};
 pub use structures::Structure;
 pub(crate) use structures::{Form, kept};

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::attention::{Structure, kept};
+use crate::attention::{GateSource, Structure, kept};
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 
@@ -11,6 +11,8 @@ use crate::fields::Fields;
 pub struct LigerConfig {
     /// The recurrence.
     pub structure: Structure,
+    /// What gla's gate is made of.
+    pub gate: GateSource,
     /// Keys that the softmax window sees, the query's own counted.
     pub window: usize,
     /// First tokens of the text that stay visible beside the window.
@@ -25,7 +27,7 @@ pub struct LigerConfig {
     pub softmax_layers: Vec<usize>,
 }
 
-const KEYS: [&str; 7] = ["structure", "window", "sinks", "alpha", "beta", "slots", "softmax_layers"];
+const KEYS: [&str; 8] = ["structure", "gate", "window", "sinks", "alpha", "beta", "slots", "softmax_layers"];
 
 impl LigerConfig {
     /// The paper's form of a structure: window 64, no sinks, half and half. Those that are not the paper's have four sinks;
@@ -36,7 +38,8 @@ impl LigerConfig {
             Structure::Kept => (4, 1.0, 1.0),
             _ => (0, 0.5, 0.5),
         };
-        Self { structure, window: 64, sinks, alpha, beta, slots: None, softmax_layers: Vec::new() }
+        let gate = GateSource::Key;
+        Self { structure, gate, window: 64, sinks, alpha, beta, slots: None, softmax_layers: Vec::new() }
     }
 
     pub(crate) fn authors(structure: &str, window: usize, path: &Path) -> Result<Self> {
@@ -70,8 +73,13 @@ impl LigerConfig {
                 softmax_layers.push(layer as usize);
             }
         }
+        let gate = match object.get("gate").filter(|v| !v.is_null()) {
+            Some(_) => gate_named(&f.text("gate")?, path)?,
+            None => GateSource::Key,
+        };
         let config = Self {
             structure: structure_named(&f.text("structure")?, path)?,
+            gate,
             window: f.size("window")?,
             sinks: count("sinks")?,
             alpha: weight("alpha")?,
@@ -95,6 +103,10 @@ impl LigerConfig {
         if let (Some(slots), false) = (self.slots, matches!(structure, Structure::Gsa | Structure::Kept)) {
             return Err(Error::field(path, "liger.slots", slots, "null: only gsa and kept have slots"));
         }
+        if self.gate != GateSource::Key && structure != Structure::Gla {
+            let expected = "key: only gla's gate can come from elsewhere";
+            return Err(Error::field(path, "liger.gate", self.gate.name(), expected));
+        }
         if structure == Structure::Kept && !([0.0, 1.0].contains(&alpha) && beta == 1.0) {
             let expected = "1 and 1, or 0 and 1: kept keys are part of the window's softmax, or not there";
             return Err(Error::field(path, "liger.alpha and liger.beta", format!("{alpha} and {beta}"), expected));
@@ -104,15 +116,24 @@ impl LigerConfig {
 
     /// As `config.json` has it.
     pub fn to_json(&self) -> Value {
-        json!({
+        let mut object = json!({
             "structure": self.structure.name(), "window": self.window, "sinks": self.sinks,
             "alpha": super::round_trip(self.alpha), "beta": super::round_trip(self.beta),
             "slots": self.slots, "softmax_layers": self.softmax_layers,
-        })
+        });
+        if self.gate != GateSource::Key {
+            object["gate"] = self.gate.name().into();
+        }
+        object
     }
 }
 
 fn structure_named(name: &str, path: &Path) -> Result<Structure> {
     let known = || Structure::ALL.map(Structure::name).join(", ");
     Structure::from_name(name).ok_or_else(|| Error::field(path, "liger.structure", format!("`{name}`"), known()))
+}
+
+fn gate_named(name: &str, path: &Path) -> Result<GateSource> {
+    let known = || GateSource::ALL.map(GateSource::name).join(", ");
+    GateSource::from_name(name).ok_or_else(|| Error::field(path, "liger.gate", format!("`{name}`"), known()))
 }
