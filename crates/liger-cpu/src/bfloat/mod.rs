@@ -1,22 +1,27 @@
 //! Products with bfloat16 weights on CPUs that multiply bfloat16 themselves: activations are rounded to it, sums are float32.
 //!
-//! The weights are cut into panels of 32 outputs. A task packs a panel, some terms of the sum at a time, into memory that
-//! stays in its cache, and goes through all rows of the activations with it: packing costs as much as one or two rows.
+//! The weights are cut into panels of 32 outputs. A task packs some panels, some terms of the sum at a time, into memory that
+//! stays in its cache, and goes through all rows of the activations with them, a stretch that stays there too at a time: packing
+//! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
+use std::cell::Cell;
+
 use half::bf16;
 use liger_tensor::Gemm;
 
-use crate::parallel::{Disjoint, for_tasks, vectorized};
+use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
 /// Outputs of a panel.
 const PANEL: usize = 32;
-/// Terms that are packed at once: with them a panel takes 256 KiB, in the second cache.
+/// Terms that are packed at once: with them a panel takes 256 KiB.
 const DEPTH: usize = 4096;
+/// Bytes of panels, and of rows, that are to stay in a core's second cache.
+const CACHED: usize = 512 << 10;
 /// Terms that one step of a kernel takes at most: what is packed is filled up to it with zeros.
 const STEP: usize = 32;
 
@@ -58,7 +63,7 @@ struct Block<'a> {
     rows: usize,
     /// `[terms / 2, PANEL, 2]`.
     b: &'a [Pair],
-    /// Where the panel's outputs of row 0 are, and how far apart rows are.
+    /// Where the panel's outputs of the block's first row are, and how far apart rows are.
     c: &'a Disjoint<'a>,
     first: usize,
     width: usize,
@@ -93,43 +98,73 @@ pub(crate) fn product(kernel: Kernel, c: &mut [f32], a: &[f32], b: &[bf16], size
     let (m, n, k) = sizes;
     assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k, "bfloat16 product {m} x {k} x {n}");
     let stride = k.next_multiple_of(STEP);
-    let a = &rounded(a, (m, k), stride);
-    let c = &Disjoint::new(c);
-    for_tasks(n.div_ceil(PANEL), |panel| {
-        let first = panel * PANEL;
-        let count = PANEL.min(n - first);
-        let mut packed = vec![Pair::default(); DEPTH.min(stride) / 2 * PANEL];
+    let mut narrow = ROUNDED.take();
+    narrow.resize(m * stride, bf16::ZERO);
+    round(&mut narrow, a, k, stride);
+    let (a, c) = (&narrow, &Disjoint::new(c));
+    let depth = DEPTH.min(stride);
+    // As many panels together as stay in the cache, if that leaves every thread some tasks.
+    let panels = n.div_ceil(PANEL);
+    let together = (CACHED / (2 * depth * PANEL)).min(panels / (8 * threads())).max(1);
+    let stretch = (CACHED / (2 * depth)).next_multiple_of(PANEL);
+    for_tasks(panels.div_ceil(together), |task| {
+        let panels = task * together..panels.min((task + 1) * together);
+        let mut packed = PACKED.take();
+        packed.resize(packed.len().max(together * depth / 2 * PANEL), Pair::default());
         for from in (0..k).step_by(DEPTH) {
             let terms = DEPTH.min(k - from);
-            let packed = &mut packed[..terms.next_multiple_of(STEP) / 2 * PANEL];
-            if how.transpose_b {
-                pack_rows(packed, &b[first * k..(first + count) * k], k, from, terms);
-            } else {
-                pack_columns(packed, &b[from * n..(from + terms) * n], n, first, count);
+            let panel_len = terms.next_multiple_of(STEP) / 2 * PANEL;
+            let outputs = |panel: usize| (panel * PANEL, PANEL.min(n - panel * PANEL));
+            for (panel, packed) in panels.clone().zip(packed.chunks_exact_mut(panel_len)) {
+                let (first, count) = outputs(panel);
+                if how.transpose_b {
+                    pack_rows(packed, &b[first * k..(first + count) * k], k, from, terms);
+                } else {
+                    pack_columns(packed, &b[from * n..(from + terms) * n], n, first, count);
+                }
             }
             let accumulate = how.accumulate || from > 0;
             let scale = how.scale;
-            let a = &a[from..];
-            let block = Block { a, stride, rows: m, b: packed, c, first, width: n, count, scale, accumulate };
-            match kernel {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: `available` found the instructions.
-                Kernel::Amx => unsafe { amx::block(&block) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                Kernel::Avx512Bf16 => unsafe { avx512::block(&block) },
-                #[cfg(not(target_arch = "x86_64"))]
-                Kernel::Amx | Kernel::Avx512Bf16 => unreachable!("not found on this CPU"),
+            for row in (0..m).step_by(stretch) {
+                let rows = stretch.min(m - row);
+                let a = &a[row * stride + from..];
+                for (panel, b) in panels.clone().zip(packed.chunks_exact(panel_len)) {
+                    let (first, count) = outputs(panel);
+                    let first = row * n + first;
+                    let block = Block { a, stride, rows, b, c, first, width: n, count, scale, accumulate };
+                    multiply(kernel, &block);
+                }
             }
         }
+        PACKED.set(packed);
     });
+    ROUNDED.set(narrow);
 }
 
-/// `[m, k]` as bfloat16 `[m, stride]`, the nearest ones; zeros behind.
-fn rounded(a: &[f32], (m, k): (usize, usize), stride: usize) -> Vec<bf16> {
-    // A kernel reads up to one step behind a row's part.
-    let mut narrow = vec![bf16::ZERO; m * stride];
-    let all = Disjoint::new(&mut narrow);
+thread_local! {
+    /// Activations of a product that this thread asked for.
+    static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
+    /// Panels of a task.
+    static PACKED: Cell<Vec<Pair>> = const { Cell::new(Vec::new()) };
+}
+
+fn multiply(kernel: Kernel, block: &Block<'_>) {
+    match kernel {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `available` found the instructions.
+        Kernel::Amx => unsafe { amx::block(block) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Kernel::Avx512Bf16 => unsafe { avx512::block(block) },
+        #[cfg(not(target_arch = "x86_64"))]
+        Kernel::Amx | Kernel::Avx512Bf16 => unreachable!("not found on this CPU"),
+    }
+}
+
+/// Rows of `k` as bfloat16 rows of `stride`, the nearest ones; zeros behind.
+fn round(narrow: &mut [bf16], a: &[f32], k: usize, stride: usize) {
+    let m = narrow.len() / stride.max(1);
+    let all = Disjoint::new(narrow);
     const TOGETHER: usize = 16;
     for_tasks(m.div_ceil(TOGETHER), |i| {
         let rows = i * TOGETHER..m.min((i + 1) * TOGETHER);
@@ -137,6 +172,8 @@ fn rounded(a: &[f32], (m, k): (usize, usize), stride: usize) -> Vec<bf16> {
         let narrow = unsafe { all.slice(rows.start * stride, rows.len() * stride) };
         vectorized!(|| {
             for (row, narrow) in rows.clone().zip(narrow.chunks_exact_mut(stride)) {
+                let (narrow, behind) = narrow.split_at_mut(k);
+                behind.fill(bf16::ZERO);
                 for (to, from) in narrow.iter_mut().zip(&a[row * k..(row + 1) * k]) {
                     // To the nearest, ties to even; what is not a number stays none, for its top bit is set.
                     let bits = from.to_bits();
@@ -147,7 +184,6 @@ fn rounded(a: &[f32], (m, k): (usize, usize), stride: usize) -> Vec<bf16> {
             }
         },);
     });
-    narrow
 }
 
 /// Terms `from..from + terms` of weights `[count, k]`.
