@@ -2,7 +2,7 @@
 // x and w [outputs, inputs]. A norm before and a SwiGLU or an addition behind are part of it.
 //
 // A block of 8 warps has 16 outputs or a few times as many; its warps share the inputs, 32 at a time. Products are m16n8k16 with the weights as the
-// left factor, straight from memory: a thread reads 8 neighbouring inputs of its rows of w and x, and counts them as those
+// left factor: a thread reads 8 neighbouring inputs of its rows of w and x, and counts them as those
 // that the product's layout gives it, which is the same order of inputs on both sides.
 //
 // The norm: its weight multiplies x as it is read, its 1 / rms the sums at the end.
@@ -22,18 +22,6 @@ struct FewRows {
 struct Eight {
     u32 x[4];
 };
-
-__device__ __forceinline__ Eight load_weights(const bf16* at) {
-    Eight r;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r.x[0]), "=r"(r.x[1]), "=r"(r.x[2]), "=r"(r.x[3]) : "l"(at));
-    return r;
-}
-
-__device__ __forceinline__ Eight load_eight(const act* at) {
-    uint4 raw = *reinterpret_cast<const uint4*>(at);
-    return {{raw.x, raw.y, raw.z, raw.w}};
-}
 
 __device__ __forceinline__ void multiply(float (&c)[4], const Eight& upper, const Eight& lower, const Eight& x) {
 #pragma unroll
@@ -154,59 +142,19 @@ template <int GROUPS> struct OwnWeights {
     }
 };
 
-// TILES of 8 rows; GROUPS of outputs, of one layer or of two that belong together. AHEAD loads of each row of weights are under
-// way at once, into registers.
-template <int TILES, int GROUPS, int AHEAD, class Finish>
-__device__ __forceinline__ void few_rows(const Outputs (&groups)[GROUPS], const act* x, const float* norm, const FewRows& s,
-                                         Finish finish) {
-    constexpr int STRIDE = 32 * WARPS;
-    typedef Sums<TILES, GROUPS> AllSums;
-    __shared__ float memory[AllSums::FLOATS];
-    const Eight nothing = {{0, 0, 0, 0}};
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
-    OwnWeights<GROUPS> own(groups, s);
-    x += group * s.inputs + quad * 8;
-    AllSums sums;
-    Eight upper[AHEAD][GROUPS], lower[AHEAD][GROUPS], row[AHEAD][TILES];
-    auto load = [&](int a, int k) {
-        bool inside = k + quad * 8 < s.inputs;
-#pragma unroll
-        for (int m = 0; m < GROUPS; m++) {
-            upper[a][m] = lower[a][m] = nothing;
-            if (!inside) continue;
-            upper[a][m] = load_weights(own.first[m] + k);
-            lower[a][m] = load_weights(own.first[m] + k + own.below[m]);
-        }
-#pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            row[a][t] = nothing;
-            if (inside && 8 * t + group < s.rows) row[a][t] = load_eight(x + 8 * t * s.inputs + k);
-        }
-    };
-#pragma unroll
-    for (int a = 0; a < AHEAD; a++) load(a, warp * 32 + a * STRIDE);
-    for (int base = warp * 32; base < s.inputs; base += AHEAD * STRIDE) {
-#pragma unroll
-        for (int a = 0; a < AHEAD; a++) {
-            int k = base + a * STRIDE;
-            bool inside = k + quad * 8 < s.inputs;
-            auto weights = [&](int half) {
-                return inside ? load4(norm + quad * 8 + k + 4 * half) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            };
-#pragma unroll
-            for (int t = 0; t < TILES; t++) sums.add(t, row[a][t], upper[a], lower[a], norm != nullptr, weights);
-            load(a, k + AHEAD * STRIDE);
-        }
-    }
-    sums.finish_rows(memory, norm != nullptr, s, finish);
+// Stages of all that a thread needs for 8 of its inputs: as many as let two blocks share a multiprocessor, or of more than 32
+// rows, one.
+__host__ __device__ constexpr int stages(int tiles, int groups) {
+    int fit = (tiles == 8 ? 224 : 96) / (4 * (2 * groups + tiles));
+    return fit < 8 ? fit : 8;
 }
 
-// The same for more rows than registers have room for: what is under way goes into shared memory, STAGES of all that a thread
-// will need, in slots that nobody else touches. Sums are taken in the same order, so a row's result does not depend on how many
-// there are.
-template <int TILES, int GROUPS, int STAGES, class Finish>
-__device__ __forceinline__ void many_rows(const Outputs (&groups)[GROUPS], const act* x, const float* norm, const FewRows& s,
-                                          Finish finish) {
+// TILES of 8 rows; GROUPS of outputs, of one layer or of two that belong together. What is under way goes into shared memory, in
+// slots that nobody but its thread touches. A row's sums are taken in the same order however many rows there are.
+template <int TILES, int GROUPS, class Finish>
+__device__ __forceinline__ void few_rows(const Outputs (&groups)[GROUPS], const act* x, const float* norm, const FewRows& s,
+                                         Finish finish) {
+    constexpr int STAGES = stages(TILES, GROUPS);
     constexpr int STRIDE = 32 * WARPS, SLOTS = 2 * GROUPS + TILES;
     typedef Sums<TILES, GROUPS> AllSums;
     extern __shared__ uint4 staged[];  // [STAGES][SLOTS][threads]: weights, rows of x
@@ -217,14 +165,16 @@ __device__ __forceinline__ void many_rows(const Outputs (&groups)[GROUPS], const
     auto slot = [&](int stage, int i) { return staged + (stage * SLOTS + i) * 32 * WARPS + threadIdx.x; };
     auto fetch = [&](int stage, int k) {
         bool inside = k + quad * 8 < s.inputs;
+        if (k < s.inputs) {
 #pragma unroll
-        for (int m = 0; m < GROUPS; m++) {
-            fetch16(slot(stage, 2 * m), own.first[m] + k, inside);
-            fetch16(slot(stage, 2 * m + 1), own.first[m] + k + own.below[m], inside);
-        }
+            for (int m = 0; m < GROUPS; m++) {
+                fetch16(slot(stage, 2 * m), own.first[m] + k, inside);
+                fetch16(slot(stage, 2 * m + 1), own.first[m] + k + own.below[m], inside);
+            }
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            fetch16(slot(stage, 2 * GROUPS + t), x + 8 * t * s.inputs + k, inside && 8 * t + group < s.rows);
+            for (int t = 0; t < TILES; t++) {
+                fetch16(slot(stage, 2 * GROUPS + t), x + 8 * t * s.inputs + k, inside && 8 * t + group < s.rows);
+            }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
@@ -258,17 +208,6 @@ __device__ __forceinline__ void many_rows(const Outputs (&groups)[GROUPS], const
     sums.finish_rows(reinterpret_cast<float*>(staged), norm != nullptr, s, finish);
 }
 
-// Either of the two.
-template <int TILES, int GROUPS, class Finish>
-__device__ __forceinline__ void rows_by_weights(const Outputs (&groups)[GROUPS], const act* x, const float* norm,
-                                                const FewRows& s, Finish finish) {
-    if constexpr (TILES == 8) {
-        many_rows<TILES, GROUPS, GROUPS == 4 ? 3 : 4>(groups, x, norm, s, finish);
-    } else {
-        few_rows<TILES, GROUPS, TILES * GROUPS == 1 ? 4 : TILES * GROUPS == 8 ? 1 : 2>(groups, x, norm, s, finish);
-    }
-}
-
 // Up to three layers of one input, y := x w^T + bias, or y += x w^T, GROUPS * 16 outputs a block. Grid (blocks of all layers).
 template <int TILES, int GROUPS>
 __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf16* const (&w)[MOST_OUTPUTS],
@@ -289,7 +228,7 @@ __device__ __forceinline__ void linears(void* const (&y)[MOST_OUTPUTS], const bf
     Outputs groups[GROUPS];
 #pragma unroll
     for (int m = 0; m < GROUPS; m++) groups[m] = {weights, block * ACROSS + m * BLOCK_OUTPUTS, count};
-    rows_by_weights<TILES, GROUPS>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
+    few_rows<TILES, GROUPS>(groups, x, norm, s, [&](int n, int i, const float (&sums)[GROUPS]) {
 #pragma unroll
         for (int m = 0; m < GROUPS; m++) {
             int o = groups[m].first + i;
@@ -317,7 +256,7 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
     for (int m = 0; m < PAIRS; m++) {
         groups[m] = {gate, first + m * BLOCK_OUTPUTS, count}, groups[PAIRS + m] = {up, first + m * BLOCK_OUTPUTS, count};
     }
-    rows_by_weights<TILES, 2 * PAIRS>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2 * PAIRS]) {
+    few_rows<TILES, 2 * PAIRS>(groups, x, norm, s, [&](int n, int i, const float (&sums)[2 * PAIRS]) {
 #pragma unroll
         for (int m = 0; m < PAIRS; m++) {
             int o = groups[m].first + i;
@@ -328,9 +267,8 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
     });
 }
 
-// As many blocks as registers allow: what is under way at once is what hides the memory's latency.
-#define LINEARS(TILES, GROUPS, BLOCKS)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS)                                                             \
+#define LINEARS(TILES, GROUPS)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256, TILES == 8 ? 1 : 2)                                                 \
         linears_##TILES##_##GROUPS(void* y0, void* y1, void* y2, const bf16* w0, const bf16* w1, const bf16* w2,          \
                                    const float* b0, const float* b1, const float* b2, const act* x, const float* norm,    \
                                    FewRows s) {                                                                           \
@@ -339,25 +277,25 @@ __device__ __forceinline__ void swiglu(act* y, const bf16* gate, const bf16* up,
         const float* bias[3] = {b0, b1, b2};                                                                              \
         linears<TILES, GROUPS>(y, w, bias, x, norm, s);                                                                   \
     }
-#define SWIGLU(TILES, PAIRS, BLOCKS)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256, BLOCKS)                                                             \
+#define SWIGLU(TILES, PAIRS)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256, TILES == 8 ? 1 : 2)                                                 \
         swiglu_##TILES##_##PAIRS(act* y, const bf16* gate, const bf16* up, const act* x, const float* norm, FewRows s) {  \
         swiglu<TILES, PAIRS>(y, gate, up, x, norm, s);                                                                    \
     }
 
 #ifdef ACT_BF16
-LINEARS(1, 1, 2)
-LINEARS(2, 1, 3)
-LINEARS(4, 1, 2)
-LINEARS(8, 1, 1)
-LINEARS(1, 2, 3)
-LINEARS(2, 2, 2)
-LINEARS(4, 2, 2)
-LINEARS(8, 2, 1)
-LINEARS(8, 4, 1)
-SWIGLU(1, 1, 3)
-SWIGLU(2, 1, 2)
-SWIGLU(4, 1, 2)
-SWIGLU(8, 1, 1)
-SWIGLU(8, 2, 1)
+LINEARS(1, 1)
+LINEARS(2, 1)
+LINEARS(4, 1)
+LINEARS(8, 1)
+LINEARS(1, 2)
+LINEARS(2, 2)
+LINEARS(4, 2)
+LINEARS(8, 2)
+LINEARS(8, 4)
+SWIGLU(1, 1)
+SWIGLU(2, 1)
+SWIGLU(4, 1)
+SWIGLU(8, 1)
+SWIGLU(8, 2)
 #endif

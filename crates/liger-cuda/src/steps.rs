@@ -15,8 +15,8 @@ use crate::{Cuda, pointer, typed};
 
 /// Rows that the largest kernel of few_rows.cu takes: eight tiles of eight.
 const MOST_ROWS: usize = 64;
-/// Rows that its kernels keep in registers; more want a large shared memory, and a single product of so many is cuBLASLt's.
-const MOST_ROWS_IN_REGISTERS: usize = 32;
+/// More rows want a large shared memory, and a single product of so many is cuBLASLt's.
+const FEW_ROWS: usize = 32;
 /// Outputs of a block: `BLOCK_OUTPUTS` of the kernels.
 const BLOCK_OUTPUTS: usize = 16;
 /// Layers that one launch takes: `MOST_OUTPUTS` of the kernels.
@@ -48,19 +48,21 @@ fn few_rows_kernel(
     outputs: &[usize],
     matrices: usize,
 ) -> (&'static str, Launch) {
-    let of_rows = kernels[rows.div_ceil(8).max(1).next_power_of_two().ilog2().min(3) as usize];
+    let tiles = rows.div_ceil(8).max(1).next_power_of_two();
+    let of_rows = kernels[(tiles.ilog2() as usize).min(3)];
     let blocks = |groups: usize| -> usize { outputs.iter().map(|n| n.div_ceil(groups * BLOCK_OUTPUTS)).sum() };
-    let many = rows > MOST_ROWS_IN_REGISTERS;
+    let many = tiles == 8;
     let enough = if many { cuda.gpu.processors * 3 / 8 } else { cuda.gpu.processors };
     let most = of_rows.iter().find(|(groups, _)| blocks(*groups) >= enough).or(of_rows.last());
     let (groups, name) = most.copied().unwrap_or((1, ""));
-    let shared = if many { staged_bytes(groups * matrices) } else { 0 };
+    let shared = staged_bytes(tiles, groups * matrices);
     (name, Launch { grid: (blocks(groups) as u32, 1, 1), block: (256, 1), shared })
 }
 
-/// Shared memory of `many_rows` with so many groups of outputs.
-fn staged_bytes(groups: usize) -> usize {
-    let (stages, slots) = (if groups == 4 { 3 } else { 4 }, 2 * groups + MOST_ROWS / 8);
+/// Shared memory of `few_rows`: its `stages`, of 16 bytes for each of 256 threads in every slot.
+fn staged_bytes(tiles: usize, groups: usize) -> usize {
+    let slots = 2 * groups + tiles;
+    let stages = (if tiles == 8 { 224 } else { 96 } / (4 * slots)).min(8);
     stages * slots * 256 * 16
 }
 
@@ -110,7 +112,7 @@ pub(crate) fn linear(cuda: &Cuda, y: &Tensor, x: &Tensor, w: &Tensor, add: bool)
 pub(crate) fn takes_linear(activations: DType, x: &Tensor, w: &Tensor) -> bool {
     let (rows, inputs) = matrix(x);
     let types = [activations, x.dtype(), w.dtype()].iter().all(|&t| t == DType::Bf16);
-    types && rows <= MOST_ROWS_IN_REGISTERS && inputs.is_multiple_of(8)
+    types && rows <= FEW_ROWS && inputs.is_multiple_of(8)
 }
 
 fn matrix(x: &Tensor) -> (usize, usize) {
@@ -177,8 +179,9 @@ fn block<'a>(operation: &'static str, tokens: &'a dyn DeviceMemory) -> Result<&'
 
 impl StepOps for Cuda {
     fn most_texts(&self) -> usize {
-        let most = [1, 2, 4].map(staged_bytes).into_iter().max().unwrap_or(0) + MOST_ROWS * 8 * 4;
-        if most <= self.gpu.largest_shared { MOST_ROWS } else { MOST_ROWS_IN_REGISTERS }
+        let most = [1, 2, 4].map(|groups| staged_bytes(MOST_ROWS / 8, groups)).into_iter().max().unwrap_or(0)
+            + MOST_ROWS * 8 * 4;
+        if most <= self.gpu.largest_shared { MOST_ROWS } else { FEW_ROWS }
     }
 
     fn takes(&self, spec: &StepSpec, cache: &KeyValueCache) -> bool {

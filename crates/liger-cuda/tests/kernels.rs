@@ -83,6 +83,7 @@ fn lab() {
     let kept = [
         (Source::FewRows, include_str!("../lab/gemv.cu")),
         (Source::FewRows, include_str!("../lab/few_rows_in_rounds.cu")),
+        (Source::FewRows, include_str!("../lab/few_rows_in_registers.cu")),
         (Source::Attention, include_str!("../lab/attention_64_keys.cu")),
         (Source::Loss, include_str!("../lab/loss_one_by_one.cu")),
         (Source::Attention, include_str!("../lab/recurrence_step_by_step.cu")),
