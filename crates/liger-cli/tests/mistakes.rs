@@ -57,7 +57,20 @@ fn models_that_cannot_be_read() {
         "\"rope_theta\"",
         "\"liger\":{\"structure\":\"gla\",\"window\":8,\"sink\":4},\"rope_theta\"",
     );
-    check(dir, &["info", "liger"], "field `liger.sink`: found an unknown key, expected one of structure, window");
+    check(dir, &["info", "liger"], "field `liger.sink`: found an unknown key, expected one of structure, gate, window");
+    let path = model(dir, "gate");
+    edit(
+        &path.join("config.json"),
+        "\"rope_theta\"",
+        "\"liger\":{\"structure\":\"hgrn2\",\"window\":8,\"gate\":\"value\"},\"rope_theta\"",
+    );
+    check(
+        dir,
+        &["info", "gate"],
+        "field `liger.gate`: found value, expected key: only gla's gate can come from elsewhere",
+    );
+    edit(&path.join("config.json"), "\"value\"", "\"keys\"");
+    check(dir, &["info", "gate"], "field `liger.gate`: found `keys`, expected key, query, value, none");
     let path = model(dir, "nojson");
     std::fs::write(path.join("config.json"), "{").unwrap();
     check(dir, &["info", "nojson"], "nojson/config.json: not JSON: EOF");
