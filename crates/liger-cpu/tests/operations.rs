@@ -6,7 +6,7 @@ use liger_testing::Part;
 
 #[test]
 fn every_operation_agrees_with_float64() {
-    for part in [Part::Rows, Part::Attention, Part::Recurrence, Part::Steps] {
+    for part in [Part::Rows, Part::Attention, Part::Kept, Part::Recurrence, Part::Steps] {
         liger_testing::check(&liger_cpu::Cpu::new(), 1e-4, part);
     }
 }

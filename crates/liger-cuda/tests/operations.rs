@@ -29,6 +29,11 @@ fn attention_agrees_with_float64() {
 }
 
 #[test]
+fn kept_keys_agree_with_float64() {
+    check(Part::Kept);
+}
+
+#[test]
 fn the_recurrence_agrees_with_float64() {
     check(Part::Recurrence);
 }

@@ -108,32 +108,42 @@ fn drawn_scores(numbers: &mut Numbers, count: usize) -> Vec<f64> {
 }
 
 pub(crate) fn check(c: &Check<'_>) {
-    let specs = [(None, 0), (Some(1), 0), (Some(5), 0), (Some(64), 0), (Some(64), 4), (Some(3), 4), (Some(1), 1)];
-    let specs = specs.map(|(window, sinks)| AttentionSpec { window, sinks, ..AttentionSpec::EVERYTHING });
-    let kept = [
+    for (window, sinks) in
+        [(None, 0), (Some(1), 0), (Some(5), 0), (Some(64), 0), (Some(64), 4), (Some(3), 4), (Some(1), 1)]
+    {
+        check_spec(c, AttentionSpec { window, sinks, ..AttentionSpec::EVERYTHING });
+    }
+    long_backward(c, &[AttentionSpec::EVERYTHING, AttentionSpec::window(64, 4)]);
+}
+
+/// The same with kept keys.
+pub(crate) fn check_kept(c: &Check<'_>) {
+    let keeping = |window, sinks, kept, reach| AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) };
+    for (window, sinks, kept, reach) in [
         (64, 4, 20, None),
         (8, 0, 1, Some(9)),
         (5, 2, 7, Some(0)),
         (3, 4, 64, None),
         (1, 1, 3, Some(2)),
         (16, 4, 124, Some(30)),
-    ];
-    let kept =
-        kept.map(|(window, sinks, kept, reach)| AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) });
-    for spec in specs.into_iter().chain(kept) {
-        for (t, h, kv, d) in
-            [(1, 1, 1, 16), (2, 3, 1, 16), (63, 4, 4, 8), (65, 3, 1, 60), (200, 8, 2, 32), (70, 2, 2, 128)]
-        {
-            forward(c, (t, h, kv, d), spec);
-        }
-        backward(c, (7, 3, 1, 4), spec);
-        backward(c, (9, 4, 2, 6), spec);
-        if spec.kept > 0 && spec.window.is_some_and(|w| w < 5) {
+    ] {
+        let spec = keeping(window, sinks, kept, reach);
+        check_spec(c, spec);
+        if window < 5 {
             backward(c, (17, 2, 1, 4), spec);
         }
     }
-    long_backward(c);
+    long_backward(c, &[keeping(16, 4, 12, None), keeping(64, 4, 116, Some(40)), keeping(8, 2, 90, Some(20))]);
     novelty(c);
+}
+
+fn check_spec(c: &Check<'_>, spec: AttentionSpec) {
+    for (t, h, kv, d) in [(1, 1, 1, 16), (2, 3, 1, 16), (63, 4, 4, 8), (65, 3, 1, 60), (200, 8, 2, 32), (70, 2, 2, 128)]
+    {
+        forward(c, (t, h, kv, d), spec);
+    }
+    backward(c, (7, 3, 1, 4), spec);
+    backward(c, (9, 4, 2, 6), spec);
 }
 
 /// Scores of keys, in one piece behind another sequence and by any split with a state.
@@ -301,11 +311,9 @@ fn gradients(
 }
 
 /// Over several blocks of rows the gradient by v is checked exactly: the output is linear in v.
-fn long_backward(c: &Check<'_>) {
+fn long_backward(c: &Check<'_>, specs: &[AttentionSpec]) {
     let sizes @ (t, h, kv, d) = (150, 3, 1, 16);
-    let kept = |window, sinks, kept, reach| AttentionSpec { kept, reach, ..AttentionSpec::window(window, sinks) };
-    let kept = [kept(16, 4, 12, None), kept(64, 4, 116, Some(40)), kept(8, 2, 90, Some(20))];
-    for spec in [AttentionSpec::EVERYTHING, AttentionSpec::window(64, 4)].into_iter().chain(kept) {
+    for &spec in specs {
         let mut numbers = Numbers::new(5);
         let [q, k, v] = [h, kv, kv].map(|heads| activations(c, &mut numbers, t * heads * d));
         let (dout, scores) = (numbers.normal(t * h * d), drawn_scores(&mut numbers, t * kv));

@@ -20,8 +20,10 @@ pub use rng::Numbers;
 pub enum Part {
     /// Matrix products, and everything that takes rows one by one.
     Rows,
-    /// Softmax attention.
+    /// Softmax attention over everything, windows and sinks.
     Attention,
+    /// Softmax attention that keeps keys.
+    Kept,
     /// The gated recurrence.
     Recurrence,
     /// Decoding steps in few operations, where the device has such.
@@ -35,6 +37,7 @@ pub fn check(ops: &dyn Ops, tolerance: f64, part: Part) {
     match part {
         Part::Rows => rowwise::check(&check),
         Part::Attention => attention::check(&check),
+        Part::Kept => attention::check_kept(&check),
         Part::Recurrence => recurrence::check(&check),
         Part::Steps => steps::check(&check),
     }
