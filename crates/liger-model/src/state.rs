@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use liger_tensor::{DType, KeptKeys, KeyValueCache, Ops, Tensor};
+use liger_tensor::{KeptKeys, KeyValueCache, Ops, Tensor};
 use safetensors::tensor::{SafeTensors, TensorView};
 
 use crate::attention::Mixer;
@@ -52,7 +52,12 @@ pub fn state_elements(config: &ModelConfig, tokens: usize) -> usize {
 
 impl State {
     pub(crate) fn new(mixers: &[Mixer], config: &ModelConfig, ops: &dyn Ops, slots: usize) -> Result<Self> {
-        let zeros = |shape: &[usize]| ops.upload(vec![0.0; shape.iter().product()], shape, DType::F32);
+        // Written to, so that all of it is there from the start: fresh zeros would come page by page, when they are first needed.
+        let zeros = |shape: &[usize]| -> Result<Tensor> {
+            let mut tensor = ops.empty_f32(shape)?;
+            ops.clear(&mut tensor)?;
+            Ok(tensor)
+        };
         let mut layers = Vec::with_capacity(mixers.len());
         for mixer in mixers {
             let spec = mixer.spec();

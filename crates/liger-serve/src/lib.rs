@@ -25,6 +25,7 @@ use liger_model::{Adapter, Decoder, Tokenizer};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
+pub use api::check_body;
 pub use error::Error;
 
 /// A model to serve.

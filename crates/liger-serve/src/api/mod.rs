@@ -6,6 +6,8 @@ mod request;
 mod states;
 mod texts;
 
+pub use request::check_body;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};

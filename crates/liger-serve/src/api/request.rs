@@ -87,6 +87,25 @@ pub(super) fn parse<T: for<'a> Deserialize<'a>>(body: Result<Bytes, BytesRejecti
         .map_err(|e| Refusal::invalid(None, format!("the request is not what it must be: {e}")))
 }
 
+/// Whether the body of a completion, or of a chat, would be taken, apart from what depends on the model.
+///
+/// # Errors
+/// What the client would be told.
+pub fn check_body(body: &[u8], is_chat: bool, served: &str) -> Result<(), String> {
+    let body = || Ok(Bytes::copy_from_slice(body));
+    let (kind, common) = if is_chat {
+        (Kind::Chat, parse::<ChatRequest>(body()).map(|request| request.common))
+    } else {
+        (Kind::Completion, parse::<CompletionRequest>(body()).map(|request| request.common))
+    };
+    let checked = common.and_then(|common| {
+        common.check(served, kind)?;
+        common.scores(kind)?;
+        common.options(&[], 1)
+    });
+    checked.map(|_| ()).map_err(|refusal| refusal.message)
+}
+
 impl Common {
     pub(super) fn streams(&self) -> bool {
         self.stream == Some(true)
