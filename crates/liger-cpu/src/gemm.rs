@@ -2,9 +2,11 @@
 
 use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
 
+#[cfg(target_arch = "x86_64")]
+use crate::bfloat;
+use crate::dots;
 use crate::parallel::{for_rows, threads, vectorized};
 use crate::quantized::{self, Quantized};
-use crate::{bfloat, dots};
 
 /// A matrix read through strides.
 #[derive(Clone, Copy)]
@@ -91,6 +93,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
         return Ok(());
     }
     let a_data = a.as_f32()?;
+    #[cfg(target_arch = "x86_64")]
     if let (Storage::Bf16(b), false, true, Some(kernel)) = (b.storage(), how.transpose_a, m >= PACKED, bfloat::best()) {
         bfloat::product(kernel, c.as_f32_mut()?, a_data, b, (m, n, k), how);
         return Ok(());
@@ -141,6 +144,7 @@ pub(crate) fn quantized_of(tensor: &Tensor) -> Result<&Quantized> {
 }
 
 /// Rows from which packing bfloat16 weights for the CPU's own bfloat16 products pays.
+#[cfg(target_arch = "x86_64")]
 const PACKED: usize = 8;
 
 /// Rows of `x` from which transposing the weights first pays: the crate is much faster on rows that lie along n.

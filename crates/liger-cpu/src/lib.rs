@@ -14,6 +14,7 @@
 //! ```
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
 mod bfloat;
 mod dots;
 mod elementwise;

@@ -4,9 +4,7 @@
 //! stays in its cache, and goes through all rows of the activations with them, a stretch that stays there too at a time: packing
 //! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
-#[cfg(target_arch = "x86_64")]
 mod amx;
-#[cfg(target_arch = "x86_64")]
 mod avx512;
 
 use std::cell::Cell;
@@ -37,14 +35,11 @@ pub(crate) enum Kernel {
 /// Those that this CPU has, best first.
 pub(crate) fn available() -> Vec<Kernel> {
     let mut list = Vec::new();
-    #[cfg(target_arch = "x86_64")]
-    {
-        if amx::is_there() {
-            list.push(Kernel::Amx);
-        }
-        if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
-            list.push(Kernel::Avx512Bf16);
-        }
+    if amx::is_there() {
+        list.push(Kernel::Amx);
+    }
+    if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
+        list.push(Kernel::Avx512Bf16);
     }
     list
 }
@@ -150,14 +145,10 @@ thread_local! {
 
 fn multiply(kernel: Kernel, block: &Block<'_>) {
     match kernel {
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: `available` found the instructions.
         Kernel::Amx => unsafe { amx::block(block) },
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Kernel::Avx512Bf16 => unsafe { avx512::block(block) },
-        #[cfg(not(target_arch = "x86_64"))]
-        Kernel::Amx | Kernel::Avx512Bf16 => unreachable!("not found on this CPU"),
     }
 }
 
@@ -193,16 +184,13 @@ fn pack_rows(packed: &mut [Pair], b: &[bf16], k: usize, from: usize, terms: usiz
     if count < PANEL || pairs * 2 < terms {
         packed.fill(Pair::default());
     }
-    let squares = if cfg!(target_arch = "x86_64") { count / SIDE } else { 0 };
+    let squares = count / SIDE;
     for square in 0..squares {
         for pair in (0..pairs).step_by(SIDE) {
             let source = &b[square * SIDE * k + from + 2 * pair..][..(SIDE - 1) * k + 2 * SIDE];
             let to = &mut packed[pair * PANEL + square * SIDE..][..(SIDE - 1) * PANEL + SIDE];
-            #[cfg(target_arch = "x86_64")]
             // SAFETY: the slices have 16 rows of 16 pairs; who packs has AVX-512.
-            unsafe {
-                avx512::transpose(to.as_mut_ptr(), source.as_ptr(), k)
-            };
+            unsafe { avx512::transpose(to.as_mut_ptr(), source.as_ptr(), k) };
         }
     }
     for (output, row) in b.chunks_exact(k).enumerate() {

@@ -95,6 +95,7 @@ struct Group<'a> {
 struct Row<'a> {
     /// One of them.
     words: &'a [i16],
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for VNNI"))]
     bytes: &'a [i8],
     scales: &'a [f32],
     sums: &'a [i32],
