@@ -1,8 +1,8 @@
 // Linear layers of a few rows, at the speed of reading the weights: y [rows, outputs] = x [rows, inputs] w^T with bfloat16
 // x and w [outputs, inputs]. A norm before and a SwiGLU or an addition behind are part of it.
 //
-// A block of 8 warps has 16 outputs or a few times as many; its warps share the inputs, 32 at a time. Products are m16n8k16 with the weights as the
-// left factor: a thread reads 8 neighbouring inputs of its rows of w and x, and counts them as those
+// A block of 8 warps has 16 outputs or a few times as many; its warps share the inputs, 32 at a time. Products are m16n8k16
+// with the weights as the left factor: a thread reads 8 neighbouring inputs of its rows of w and x, and counts them as those
 // that the product's layout gives it, which is the same order of inputs on both sides.
 //
 // The norm: its weight multiplies x as it is read, its 1 / rms the sums at the end.

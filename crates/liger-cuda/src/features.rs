@@ -56,6 +56,20 @@ impl Pass {
     }
 }
 
+/// Tensors like query and key, and angles for their rows.
+fn check(
+    name: &'static str,
+    like_q: [&Tensor; 2],
+    like_k: [&Tensor; 3],
+    (q, k): (&Tensor, &Tensor),
+    angles: (&Tensor, &Tensor),
+) -> Result<()> {
+    checks::rope(q, angles.0, angles.1)?;
+    checks::rope(k, angles.0, angles.1)?;
+    like_q.into_iter().try_for_each(|x| same_length(name, x, q))?;
+    like_k.into_iter().try_for_each(|x| same_length(name, x, k))
+}
+
 pub(crate) fn forward(
     cuda: &Cuda,
     out: Features<'_>,
@@ -65,11 +79,7 @@ pub(crate) fn forward(
 ) -> Result<()> {
     const NAME: &str = "features_forward";
     let Features { rope_q, rope_k, query, key, log_gate } = out;
-    checks::rope(q, angles.0, angles.1)?;
-    checks::rope(k, angles.0, angles.1)?;
-    for (y, x) in [(&*rope_q, q), (&*query, q), (&*rope_k, k), (&*key, k), (&*log_gate, k)] {
-        same_length(NAME, y, x)?;
-    }
+    check(NAME, [rope_q, query], [rope_k, key, log_gate], (q, k), angles)?;
     let pass = Pass::new(q, k, spec, (1.0, 1.0));
     let args = [
         cuda.act(NAME, rope_q)?,
@@ -96,11 +106,7 @@ pub(crate) fn backward(
 ) -> Result<()> {
     const NAME: &str = "features_backward";
     let FeatureGradients { q: dq, k: dk, log_gate, rope_q, rope_k, recurrent, window } = gradients;
-    checks::rope(q, angles.0, angles.1)?;
-    checks::rope(k, angles.0, angles.1)?;
-    for (y, x) in [(&*dq, q), (rope_q, q), (&*dk, k), (rope_k, k), (log_gate, k)] {
-        same_length(NAME, y, x)?;
-    }
+    check(NAME, [dq, rope_q], [dk, rope_k, log_gate], (q, k), angles)?;
     let pass = Pass::new(q, k, spec, (recurrent, window));
     let args = [
         cuda.act(NAME, dq)?,
