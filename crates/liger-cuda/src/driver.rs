@@ -1,7 +1,7 @@
 //! One GPU through the driver: context, stream, memory that is kept for the next tensor, kernels by name.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -89,8 +89,12 @@ struct Function(sys::CUfunction);
 
 #[derive(Default)]
 struct Pool {
-    free: HashMap<usize, Vec<u64>>,
+    /// Blocks that nobody uses, by their bytes.
+    free: BTreeMap<usize, Vec<u64>>,
+    /// Bytes taken from the driver.
     held: usize,
+    /// Of `held`, once it has been settled.
+    most: Option<usize>,
     in_use: usize,
     peak: usize,
     /// Blocks taken from the driver so far.
@@ -135,6 +139,9 @@ impl DeviceMemory for Block {
     fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
 }
 
 impl Drop for Block {
@@ -142,6 +149,10 @@ impl Drop for Block {
         let mut pool = self.gpu.pool.lock().unwrap_or_else(PoisonError::into_inner);
         pool.in_use -= self.bytes;
         pool.free.entry(self.bytes).or_default().push(self.pointer);
+        if pool.most.is_some_and(|most| pool.held > most) {
+            // An error of earlier work comes up again at the next call that reports one.
+            let _ = self.gpu.free_all(&mut pool);
+        }
     }
 }
 
@@ -199,12 +210,21 @@ impl Gpu {
 
     /// Memory of at least `bytes`, not set.
     pub(crate) fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Block> {
-        let bytes = bytes.max(1).next_multiple_of(512);
+        let mut bytes = bytes.max(1).next_multiple_of(512);
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let pointer = match pool.free.get_mut(&bytes).and_then(Vec::pop) {
-            Some(pointer) => pointer,
+        // Work that repeats itself finds blocks of just its sizes; once memory is settled, a larger one will do.
+        let largest = if pool.most.is_some() { usize::MAX } else { bytes };
+        let found = pool.free.range_mut(bytes..=largest).find_map(|(&size, list)| Some((size, list.pop()?)));
+        let pointer = match found {
+            Some((size, pointer)) => {
+                bytes = size;
+                pointer
+            }
             None => {
                 self.bind()?;
+                if pool.most.is_some_and(|most| pool.held + bytes > most) {
+                    self.free_all(&mut pool)?;
+                }
                 let pointer = self.fresh(&mut pool, bytes)?;
                 pool.held += bytes;
                 pool.taken += 1;
@@ -247,6 +267,17 @@ impl Gpu {
         self.free_all(&mut pool)?;
         pool.peak = pool.in_use;
         Ok(())
+    }
+
+    /// What the pool holds now is the most that it keeps.
+    pub(crate) fn settle(&self) {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        pool.most = Some(pool.held);
+    }
+
+    /// Bytes that the pool holds, in use or not.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner).held
     }
 
     /// Most bytes that tensors held at once since the last `trim`.

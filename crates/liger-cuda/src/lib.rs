@@ -74,6 +74,11 @@ impl Cuda {
         self.gpu.blocks_taken()
     }
 
+    /// Bytes of memory taken from the driver, in use or not.
+    pub fn held_bytes(&self) -> usize {
+        self.gpu.held_bytes()
+    }
+
     fn tensor(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
         let block = self.gpu.allocate(dtype.bytes(shape.iter().product()))?;
         Ok(Tensor::device(shape, dtype, Box::new(block)))
@@ -230,6 +235,10 @@ impl Ops for Cuda {
     fn trim(&self) {
         // An error of earlier work comes up again at the next call that reports one.
         let _ = self.gpu.trim();
+    }
+
+    fn settle_memory(&self) {
+        self.gpu.settle();
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Writing text: prefill in chunks of bounded memory, then one token at a time.
 
-use liger_tensor::{Ops, Sequences, Tensor};
+use liger_tensor::{Ops, Sequences, StepOps, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -67,6 +67,40 @@ impl Generator<'_> {
             self.check_length(state.position(*slot), 1)?;
         }
         self.decoder.step(state, tokens, self.adapter)
+    }
+
+    /// Does once the most that a server does: reads `chunk` tokens, with and without the logits of all, and writes with every
+    /// number of texts. A device with memory of its own has taken all that it needs then, recorded its steps, and
+    /// [settles](Ops::settle_memory). Slots are empty afterwards.
+    ///
+    /// # Errors
+    /// If that memory cannot be had.
+    pub fn warm_up(&self, state: &mut State, chunk: usize) -> Result<()> {
+        let ops = self.decoder.ops();
+        if ops.memory().is_none() {
+            return Ok(());
+        }
+        ops.trim();
+        let ids = vec![0; chunk.min(self.decoder.context_limit().unwrap_or(chunk))];
+        self.prefill(state, 0, &ids)?;
+        state.reset(0, ops)?;
+        self.prefill_scoring(state, 0, &ids)?;
+        let most = ops.steps().map_or(1, StepOps::most_texts).min(state.slots());
+        for slot in 0..most {
+            state.reset(slot, ops)?;
+        }
+        for texts in 1..=most {
+            let tokens: Vec<(usize, u32)> = (0..texts).map(|slot| (slot, 0)).collect();
+            // Once to load, once to record.
+            for _ in 0..2 {
+                ops.argmax(self.decoder.step(state, &tokens, self.adapter)?)?;
+            }
+        }
+        for slot in 0..most {
+            state.reset(slot, ops)?;
+        }
+        ops.settle_memory();
+        Ok(())
     }
 
     fn check_length(&self, seen: usize, more: usize) -> Result<()> {

@@ -18,7 +18,7 @@ pub struct State {
     pub(crate) layers: Vec<LayerState>,
     /// Tokens seen, by slot.
     positions: Vec<usize>,
-    /// Steps that work on this state's memory, by model and number of texts.
+    /// Steps that work on this state's memory, by model.
     pub(crate) steps: Vec<Steps>,
     /// Logits of the last step, where it was none of `steps`.
     pub(crate) logits: Option<Tensor>,

@@ -1,5 +1,6 @@
 //! One more token for each of some texts. Where the device has whole decoding steps and the model suits them, a step is
-//! five operations a layer on memory that stays in place, recorded once for each number of texts and replayed.
+//! five operations a layer on memory that stays in place, recorded once for each number of texts and replayed. All numbers
+//! of texts work in the same memory.
 
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::state::{LayerState, State};
 use crate::weights::{Linear, Weights};
 
-/// What a step of so many texts works on.
+/// What the steps of a model work on.
 pub(crate) struct Steps {
     weights: Arc<Weights>,
     /// Of every layer.
@@ -30,14 +31,20 @@ pub(crate) struct Steps {
     mixed: Tensor,
     inner: Tensor,
     logits: Tensor,
-    /// The first run is not recorded: it loads what has to be loaded.
-    has_run: bool,
-    recording: Option<Box<dyn Recording>>,
+    /// By the number of texts, from 1 to the most that there can be.
+    known: Vec<Known>,
+}
+
+/// What there is of a step of so many texts. The first run is not recorded: it loads what has to be loaded.
+enum Known {
+    Nothing,
+    Loaded,
+    Recorded(Box<dyn Recording>),
 }
 
 impl std::fmt::Debug for Steps {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Steps of {} texts", self.x.dim(0))
+        write!(f, "Steps of up to {} texts", self.known.len())
     }
 }
 
@@ -69,7 +76,7 @@ impl Decoder {
         Ok(&state.steps[index].logits)
     }
 
-    /// The device's steps, and which of the state's are for this model and so many texts; `None` where there are none.
+    /// The device's steps, and which of the state's are for this model; `None` where there are none for so many texts.
     fn steps(
         &self,
         state: &mut State,
@@ -81,8 +88,7 @@ impl Decoder {
             return Ok(None);
         };
         let Some(specs) = self.step_specs() else { return Ok(None) };
-        let is_it =
-            |s: &Steps| s.x.dim(0) == texts && Arc::ptr_eq(&s.weights, self.shared_weights()) && s.specs == specs;
+        let is_it = |s: &Steps| Arc::ptr_eq(&s.weights, self.shared_weights()) && s.specs == specs;
         if let Some(index) = state.steps.iter().position(is_it) {
             return Ok(Some((steps, index)));
         }
@@ -90,7 +96,8 @@ impl Decoder {
         if !suits || !self.has_plain_bf16_weights() {
             return Ok(None);
         }
-        state.steps.push(Steps::new(self, steps, specs, texts)?);
+        let most = state.slots().min(steps.most_texts());
+        state.steps.push(Steps::new(self, steps, specs, most)?);
         Ok(Some((steps, state.steps.len() - 1)))
     }
 
@@ -135,51 +142,57 @@ impl Decoder {
 }
 
 impl Steps {
-    fn new(decoder: &Decoder, steps: &dyn StepOps, specs: Vec<StepSpec>, texts: usize) -> Result<Self> {
+    /// For up to `most` texts.
+    fn new(decoder: &Decoder, steps: &dyn StepOps, specs: Vec<StepSpec>, most: usize) -> Result<Self> {
         let (ops, config) = (decoder.ops(), decoder.config());
-        let heads = |count: usize| ops.empty(&[texts, count * config.head_dim]);
+        let heads = |count: usize| ops.empty(&[most, count * config.head_dim]);
         Ok(Self {
             weights: decoder.shared_weights().clone(),
             specs,
             epsilon: config.rms_norm_eps,
-            tokens: steps.tokens(texts)?,
+            tokens: steps.tokens(most)?,
             frequencies: decoder.revolutions()?,
-            x: ops.empty(&[texts, config.hidden_size])?,
+            x: ops.empty(&[most, config.hidden_size])?,
             q: heads(config.num_heads)?,
             k: heads(config.num_kv_heads)?,
             v: heads(config.num_kv_heads)?,
             mixed: heads(config.num_heads)?,
-            inner: ops.empty(&[texts, config.intermediate_size])?,
-            logits: ops.empty_f32(&[texts, config.vocab_size])?,
-            has_run: false,
-            recording: None,
+            inner: ops.empty(&[most, config.intermediate_size])?,
+            logits: ops.empty_f32(&[most, config.vocab_size])?,
+            known: (0..most).map(|_| Known::Nothing).collect(),
         })
     }
 
     fn run(&mut self, steps: &dyn StepOps, ids: &[u32], sequences: &Sequences, layers: &[LayerState]) -> Result<()> {
+        let texts = ids.len();
         steps.place(&*self.tokens, ids, sequences)?;
-        if self.recording.is_none() && self.has_run {
-            let mut problem = None;
-            self.recording = steps.record(&mut || match self.start(steps, layers) {
-                Err(Error::Device(e)) => Err(e),
-                Err(other) => {
-                    problem = Some(other);
-                    Ok(())
+        let Self { x, q, k, v, mixed, inner, logits, .. } = self;
+        [x, q, k, v, mixed, inner, logits].into_iter().for_each(|tensor| tensor.set_rows(texts));
+        match &self.known[texts - 1] {
+            Known::Recorded(recording) => return Ok(recording.replay()?),
+            Known::Loaded => {
+                if let Some(recording) = self.record(steps, layers)? {
+                    recording.replay()?;
+                    self.known[texts - 1] = Known::Recorded(recording);
+                    return Ok(());
                 }
-                Ok(()) => Ok(()),
-            })?;
-            if let Some(problem) = problem {
-                self.recording = None;
-                return Err(problem);
             }
+            Known::Nothing => self.known[texts - 1] = Known::Loaded,
         }
-        match &self.recording {
-            Some(recording) => Ok(recording.replay()?),
-            None => {
-                self.has_run = true;
-                self.start(steps, layers)
+        self.start(steps, layers)
+    }
+
+    fn record(&mut self, steps: &dyn StepOps, layers: &[LayerState]) -> Result<Option<Box<dyn Recording>>> {
+        let mut problem = None;
+        let recording = steps.record(&mut || match self.start(steps, layers) {
+            Err(Error::Device(e)) => Err(e),
+            Err(other) => {
+                problem = Some(other);
+                Ok(())
             }
-        }
+            Ok(()) => Ok(()),
+        })?;
+        problem.map_or(Ok(recording), Err)
     }
 
     fn start(&mut self, steps: &dyn StepOps, layers: &[LayerState]) -> Result<()> {

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use liger_cpu::Cpu;
+use liger_cuda::Cuda;
 use liger_model::{Decoder, Generator, LigerConfig, ModelConfig, RandomWeights, Structure, Weights};
 use liger_tensor::DType;
 
@@ -49,6 +50,42 @@ fn twenty_thousand_tokens_take_no_more_memory_than_a_thousand() {
     }
     a_state_survives_the_disk();
     a_teacher_stops_at_its_context();
+    // As tests/golden.rs chooses its device.
+    if std::env::var("LIGER_TEST_DEVICE").is_ok_and(|device| device == "cuda-bf16") {
+        a_gpu_keeps_to_the_memory_of_its_start();
+    }
+}
+
+/// Prompts of all lengths and all numbers of texts after [`Generator::warm_up`].
+fn a_gpu_keeps_to_the_memory_of_its_start() {
+    const CHUNK: usize = 256;
+    let gpu = Arc::new(Cuda::open(0, DType::Bf16).unwrap_or_else(|e| panic!("{e}")));
+    let config = ModelConfig::shape("smollm2-135m").unwrap();
+    let weights = Weights::load(&RandomWeights::new(&config, 1), &config, &*gpu, DType::Bf16).unwrap();
+    let liger = LigerConfig { sinks: 4, ..LigerConfig::paper(Structure::Kept) };
+    let decoder = Decoder::new(gpu.clone(), config, weights).with_attention(Some(liger));
+    let generator = Generator { decoder: &decoder, adapter: None };
+    let mut state = decoder.new_state(64).unwrap();
+    generator.warm_up(&mut state, CHUNK).unwrap();
+    let (held, (free, _)) = (gpu.held_bytes(), decoder.ops().memory().unwrap());
+    for round in 1..=CHUNK {
+        let (slot, length) = (round % 64, round * 97 % CHUNK + 1);
+        state.reset(slot, decoder.ops()).unwrap();
+        let ids = vec![round as u32; length];
+        if round % 4 == 0 {
+            generator.prefill_scoring(&mut state, slot, &ids).unwrap();
+        } else {
+            generator.prefill(&mut state, slot, &ids).unwrap();
+        }
+        let tokens: Vec<(usize, u32)> = (0..round % 64 + 1).map(|slot| (slot, 7)).collect();
+        let step = generator.step(&mut state, &tokens).unwrap();
+        assert_eq!(step.shape(), [tokens.len(), 49152]);
+        assert!(decoder.ops().download(step).unwrap().iter().all(|x| x.is_finite()));
+        assert!(gpu.held_bytes() <= held, "{} bytes after {round} prompts, {held} before", gpu.held_bytes());
+    }
+    let (free_now, _) = decoder.ops().memory().unwrap();
+    // The driver's own, such as of recordings, too.
+    assert!(free_now + (2 << 20) >= free, "{} bytes were free after the start, {free_now} in the end", free);
 }
 
 fn a_state_survives_the_disk() {

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use liger_model::{Adapter, Decoder, Tokenizer};
+use liger_model::{Adapter, Decoder, Generator, Tokenizer};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
@@ -85,9 +85,10 @@ pub async fn serve(
         Some(folder) => Some(Arc::new(states::States::new(&folder, fingerprint)?)),
         None => None,
     };
-    let state = decoder.new_state(limits.slots.max(1))?;
+    let mut state = decoder.new_state(limits.slots.max(1))?;
     let prefixes = if has_fixed_states { limits.prefixes } else { 0 };
     let prefixes = prefixes::Prefixes::new(&decoder, prefixes, engine::CHUNK)?;
+    Generator { decoder: &decoder, adapter: adapter.as_ref() }.warm_up(&mut state, engine::CHUNK)?;
     let metrics = Arc::new(metrics::Metrics::default());
     metrics.slots.store(state.slots() as u64, Ordering::Relaxed);
     metrics.state_bytes.store((state.bytes() + prefixes.bytes()) as u64, Ordering::Relaxed);

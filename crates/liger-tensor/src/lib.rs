@@ -19,7 +19,7 @@ mod steps;
 mod tensor;
 
 pub use attention::{Attention, AttentionGradients, AttentionSpec, Keeping, KeptKeys, KeyValueCache};
-pub use buffer::Buffer;
+pub use buffer::{Buffer, Lines};
 pub use error::{Error, Result};
 pub use features::{FeatureGradients, FeatureMap, FeatureSpec, Features, Gate};
 pub use ops::{

@@ -180,6 +180,9 @@ pub trait Ops: Send + Sync {
     fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()>;
     /// Memory that is not in use goes back to the system.
     fn trim(&self);
+    /// What the device holds now, in use or not, is from now on the most that it keeps: texts of ever new lengths do not fill
+    /// its memory. For servers, once they have done the largest of what they do.
+    fn settle_memory(&self) {}
     /// Waits until everything that was asked for is done.
     fn synchronize(&self) -> Result<()> {
         Ok(())

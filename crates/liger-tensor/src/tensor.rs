@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use half::bf16;
 
 use crate::quantize::BLOCK;
-use crate::{Buffer, Error, Result};
+use crate::{Buffer, Error, Lines, Result};
 
 /// Element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -54,6 +54,8 @@ pub trait DeviceMemory: Any + Send + Sync {
     fn as_any(&self) -> &dyn Any;
     /// The same, to write.
     fn as_any_mut(&mut self) -> &mut dyn Any;
+    /// Room for so many bytes.
+    fn bytes(&self) -> usize;
 }
 
 /// Where the elements of a tensor are.
@@ -93,7 +95,8 @@ impl Tensor {
     /// of whoever had the memory before.
     pub fn pooled(shape: &[usize], pool: &Arc<Pool>) -> Self {
         let data = pool.take(shape.iter().product());
-        Self { shape: shape.to_vec(), dtype: DType::F32, storage: Storage::F32(data.into()), pool: Some(pool.clone()) }
+        let storage = Storage::F32(Buffer::Pooled(data));
+        Self { shape: shape.to_vec(), dtype: DType::F32, storage, pool: Some(pool.clone()) }
     }
 
     /// Wraps memory of another device.
@@ -141,6 +144,16 @@ impl Tensor {
         self
     }
 
+    /// Makes it the first `rows` rows (axis 0) of its memory, which may have room for more than it has now.
+    ///
+    /// # Panics
+    /// If the memory is the host's, or has no room for so many.
+    pub fn set_rows(&mut self, rows: usize) {
+        self.shape[0] = rows;
+        let Storage::Device(memory) = &self.storage else { panic!("rows of host memory") };
+        assert!(self.bytes() <= memory.bytes(), "{:?} in {} bytes", self.shape, memory.bytes());
+    }
+
     /// Where the elements are.
     pub fn storage(&self) -> &Storage {
         &self.storage
@@ -169,6 +182,7 @@ impl Tensor {
     pub fn as_f32_mut(&mut self) -> Result<&mut [f32]> {
         match &mut self.storage {
             Storage::F32(Buffer::Owned(data)) => Ok(data),
+            Storage::F32(Buffer::Pooled(lines)) => Ok(lines.as_mut_slice()),
             other => Err(wrong_storage(other)),
         }
     }
@@ -177,7 +191,7 @@ impl Tensor {
 fn wrong_storage(found: &Storage) -> Error {
     let found = match found {
         Storage::F32(Buffer::Shared(_)) => "host float32 that is only read",
-        Storage::F32(Buffer::Owned(_)) => "host float32",
+        Storage::F32(Buffer::Owned(_) | Buffer::Pooled(_)) => "host float32",
         Storage::Bf16(_) => "host bfloat16",
         Storage::Device(_) => "another device",
     };
@@ -186,8 +200,8 @@ fn wrong_storage(found: &Storage) -> Error {
 
 impl Drop for Tensor {
     fn drop(&mut self) {
-        if let (Some(pool), Storage::F32(Buffer::Owned(data))) = (&self.pool, &mut self.storage) {
-            pool.give_back(std::mem::take(data));
+        if let (Some(pool), Storage::F32(Buffer::Pooled(lines))) = (&self.pool, &mut self.storage) {
+            pool.give_back(std::mem::take(lines));
         }
     }
 }
@@ -207,14 +221,14 @@ pub struct Pool(Mutex<Blocks>);
 #[derive(Default)]
 struct Blocks {
     /// By exact length: the sizes of a step are few and repeat.
-    free: HashMap<usize, Vec<Vec<f32>>>,
+    free: HashMap<usize, Vec<Lines>>,
     waiting: usize,
     in_use: usize,
     peak: usize,
 }
 
 impl Pool {
-    fn take(&self, count: usize) -> Vec<f32> {
+    fn take(&self, count: usize) -> Lines {
         let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         blocks.in_use += count;
         blocks.peak = blocks.peak.max(blocks.in_use);
@@ -223,18 +237,19 @@ impl Pool {
             blocks.waiting -= count;
         }
         drop(blocks);
-        found.unwrap_or_else(|| vec![0.0; count])
+        found.unwrap_or_else(|| Lines::zeroed::<f32>(count))
     }
 
-    fn give_back(&self, data: Vec<f32>) {
+    fn give_back(&self, data: Lines) {
+        let count = data.as_slice::<f32>().len();
         let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        blocks.in_use -= data.len();
-        if blocks.waiting + data.len() > 2 * blocks.peak {
+        blocks.in_use -= count;
+        if blocks.waiting + count > 2 * blocks.peak {
             blocks.free.clear();
             blocks.waiting = 0;
         }
-        blocks.waiting += data.len();
-        blocks.free.entry(data.len()).or_default().push(data);
+        blocks.waiting += count;
+        blocks.free.entry(count).or_default().push(data);
     }
 
     /// Frees what no tensor holds now: between phases whose sizes differ.

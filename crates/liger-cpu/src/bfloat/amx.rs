@@ -1,11 +1,14 @@
 //! By the matrix units: 32 rows times 32 outputs in four tiles of 16 x 16 sums, 32 terms at a time. The instructions are written
 //! as text, for the compiler does not offer them yet.
+//!
+//! All panels go by 32 rows before the next 32 are looked at: those rows stay in the first cache, and the sums of neighbouring
+//! panels are neighbours.
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::{Block, PANEL, STEP};
+use super::{Block, PANEL, STEP, Work};
 
 const SIDE: usize = 16;
 
@@ -51,31 +54,32 @@ struct Configuration {
 
 /// # Safety
 /// [`is_there`] must have said so.
-pub(super) unsafe fn block(p: &Block<'_>) {
-    let terms = p.b.len() / PANEL * 2;
-    assert!(terms.is_multiple_of(STEP) && (p.rows == 0 || p.a.len() >= (p.rows - 1) * p.stride + terms));
-    // Sums of whole panels go straight to where they belong.
-    let is_whole = p.scale == 1.0 && p.count == PANEL;
+pub(super) unsafe fn multiply(work: Work<'_>) {
+    let terms = work.terms;
+    assert!(terms.is_multiple_of(STEP) && (work.rows == 0 || work.a.len() >= (work.rows - 1) * work.stride + terms));
     let mut apart = [0.0f32; 2 * SIDE * PANEL];
     let mut configured = [0; 2];
     let mut row = 0;
-    while row < p.rows {
-        let rows = [SIDE.min(p.rows - row), SIDE.min((p.rows - row).saturating_sub(SIDE))];
+    while row < work.rows {
+        let rows = [SIDE.min(work.rows - row), SIDE.min((work.rows - row).saturating_sub(SIDE))];
         if rows != configured {
             // SAFETY: as this function's.
             unsafe { configure(rows) };
             configured = rows;
         }
         let last = row + rows[0] + rows[1];
-        if is_whole {
-            // Both ends are looked at; the tiles write the panel's columns of the rows between.
-            let (first, _) = (p.outputs(row).as_mut_ptr(), p.outputs(last - 1));
-            // SAFETY: as this function's; all memory that the tiles cover was looked at.
-            unsafe { tiles(p, row, rows, terms, (first, p.width), p.accumulate) };
-        } else {
-            // SAFETY: as above.
-            unsafe { tiles(p, row, rows, terms, (apart.as_mut_ptr(), PANEL), false) };
-            apart.chunks_exact(PANEL).zip(row..last).for_each(|(sums, row)| p.store(row, sums));
+        for p in work.panels() {
+            // Sums of whole panels go straight to where they belong.
+            if p.scale == 1.0 && p.count == PANEL {
+                // Both ends are looked at; the tiles write the panel's columns of the rows between.
+                let (first, _) = (p.outputs(row).as_mut_ptr(), p.outputs(last - 1));
+                // SAFETY: as this function's; all memory that the tiles cover was looked at.
+                unsafe { tiles(&p, row, rows, terms, (first, p.width), p.accumulate) };
+            } else {
+                // SAFETY: as above.
+                unsafe { tiles(&p, row, rows, terms, (apart.as_mut_ptr(), PANEL), false) };
+                apart.chunks_exact(PANEL).zip(row..last).for_each(|(sums, row)| p.store(row, sums));
+            }
         }
         row = last;
     }

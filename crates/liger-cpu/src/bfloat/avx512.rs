@@ -9,18 +9,33 @@ use std::arch::x86_64::{
     _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
+use std::ops::Range;
+
 use half::bf16;
 
-use super::{Block, PANEL, Pair};
+use super::{Block, PANEL, Pair, Work};
 
 const MOST_ROWS: usize = 12;
 
+/// Bytes of rows that stay in a core's second cache while the panels go by, one after the other.
+const CACHED: usize = 512 << 10;
+
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) fn block(p: &Block<'_>) {
-    let mut row = 0;
-    while row < p.rows {
+pub(super) fn multiply(work: Work<'_>) {
+    let stretch = (CACHED / (2 * work.terms)).next_multiple_of(PANEL);
+    for row in (0..work.rows).step_by(stretch) {
+        for panel in work.panels() {
+            block(&panel, row..work.rows.min(row + stretch));
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+fn block(p: &Block<'_>, rows: Range<usize>) {
+    let mut row = rows.start;
+    while row < rows.end {
         // What is left is cut evenly: 13 rows are tiles of 7 and 6.
-        let left = p.rows - row;
+        let left = rows.end - row;
         let count = left.div_ceil(left.div_ceil(MOST_ROWS));
         match count {
             1 => tile::<1>(p, row),
@@ -50,8 +65,8 @@ fn numbers(bits: __m512i) -> __m512bh {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
 fn tile<const R: usize>(p: &Block<'_>, row: usize) {
-    let pairs = p.b.len() / PANEL;
-    assert!(p.a.len() >= (row + R - 1) * p.stride + 2 * pairs, "rows of a tile");
+    let pairs = p.terms / 2;
+    assert!(p.b.len() >= pairs * PANEL && p.a.len() >= (row + R - 1) * p.stride + 2 * pairs, "rows of a tile");
     let mut a = [p.a.as_ptr().cast::<i32>(); R];
     for r in 0..R {
         // SAFETY: inside, as asserted; a row begins at a multiple of two elements.

@@ -1,7 +1,7 @@
 //! Products with bfloat16 weights on CPUs that multiply bfloat16 themselves: activations are rounded to it, sums are float32.
 //!
 //! The weights are cut into panels of 32 outputs. A task packs some panels, some terms of the sum at a time, into memory that
-//! stays in its cache, and goes through all rows of the activations with them, a stretch that stays there too at a time: packing
+//! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing
 //! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
 mod amx;
@@ -9,17 +9,16 @@ mod avx512;
 
 use std::cell::Cell;
 
+use bytemuck::{Pod, Zeroable};
 use half::bf16;
-use liger_tensor::Gemm;
+use liger_tensor::{Gemm, Lines};
 
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
+/// Tasks that each thread gets at least, where there are so many panels.
+const TASKS: usize = 2;
 /// Outputs of a panel.
 const PANEL: usize = 32;
-/// Terms that are packed at once: with them a panel takes 256 KiB.
-const DEPTH: usize = 4096;
-/// Bytes of panels, and of rows, that are to stay in a core's second cache.
-const CACHED: usize = 512 << 10;
 /// Terms that one step of a kernel takes at most: what is packed is filled up to it with zeros.
 const STEP: usize = 32;
 
@@ -30,6 +29,16 @@ pub(crate) enum Kernel {
     Amx,
     /// AVX-512 with BF16: 16 sums of two products.
     Avx512Bf16,
+}
+
+impl Kernel {
+    /// Terms that are packed at once, and bytes of panels that stay in a core's second cache beside what else has to.
+    fn depth_and_cached(self) -> (usize, usize) {
+        match self {
+            Self::Amx => (2048, 1 << 20),
+            Self::Avx512Bf16 => (4096, 512 << 10),
+        }
+    }
 }
 
 /// Those that this CPU has, best first.
@@ -51,14 +60,16 @@ pub(crate) fn best() -> Option<Kernel> {
 }
 
 /// What a kernel adds up: `c [m, count] (+)= scale a [m, terms] b [terms, count]`.
-struct Block<'a> {
+#[derive(Clone, Copy)]
+struct Work<'a> {
     /// `[m, stride]` bfloat16, from the first term on; `terms` of each row are read, filled up to a multiple of [`STEP`].
     a: &'a [bf16],
     stride: usize,
     rows: usize,
-    /// `[terms / 2, PANEL, 2]`.
+    /// Panels `[terms / 2, PANEL, 2]`, one after the other.
     b: &'a [Pair],
-    /// Where the panel's outputs of the block's first row are, and how far apart rows are.
+    terms: usize,
+    /// Where the outputs of the first row are, and how far apart rows are.
     c: &'a Disjoint<'a>,
     first: usize,
     width: usize,
@@ -67,8 +78,29 @@ struct Block<'a> {
     accumulate: bool,
 }
 
+impl<'a> Work<'a> {
+    /// That of each panel.
+    fn panels(self) -> impl Iterator<Item = Block<'a>> {
+        let panels = self.b.chunks_exact(self.terms / 2 * PANEL).zip((0..self.count).step_by(PANEL));
+        panels.map(move |(b, first)| {
+            Block(Work { b, first: self.first + first, count: PANEL.min(self.count - first), ..self })
+        })
+    }
+}
+
+/// Work with one panel.
+struct Block<'a>(Work<'a>);
+
+impl<'a> std::ops::Deref for Block<'a> {
+    type Target = Work<'a>;
+
+    fn deref(&self) -> &Work<'a> {
+        &self.0
+    }
+}
+
 /// Two neighbouring terms of one output.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
 #[repr(transparent)]
 struct Pair(u32);
 
@@ -93,63 +125,54 @@ pub(crate) fn product(kernel: Kernel, c: &mut [f32], a: &[f32], b: &[bf16], size
     let (m, n, k) = sizes;
     assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k, "bfloat16 product {m} x {k} x {n}");
     let stride = k.next_multiple_of(STEP);
-    let mut narrow = ROUNDED.take();
-    narrow.resize(m * stride, bf16::ZERO);
-    round(&mut narrow, a, k, stride);
-    let (a, c) = (&narrow, &Disjoint::new(c));
-    let depth = DEPTH.min(stride);
+    let mut rounded = ROUNDED.take();
+    rounded.reserve::<bf16>(m * stride);
+    let narrow = &mut rounded.as_mut_slice()[..m * stride];
+    round(narrow, a, k, stride);
+    let (a, c) = (&*narrow, &Disjoint::new(c));
+    let (depth, cached) = kernel.depth_and_cached();
+    let depth = depth.min(stride);
     // As many panels together as stay in the cache, if that leaves every thread some tasks.
     let panels = n.div_ceil(PANEL);
-    let together = (CACHED / (2 * depth * PANEL)).min(panels / (8 * threads())).max(1);
-    let stretch = (CACHED / (2 * depth)).next_multiple_of(PANEL);
+    let together = (cached / (2 * depth * PANEL)).min(panels / (TASKS * threads())).max(1);
     for_tasks(panels.div_ceil(together), |task| {
         let panels = task * together..panels.min((task + 1) * together);
-        let mut packed = PACKED.take();
-        packed.resize(packed.len().max(together * depth / 2 * PANEL), Pair::default());
-        for from in (0..k).step_by(DEPTH) {
-            let terms = DEPTH.min(k - from);
+        let mut panels_memory = PACKED.take();
+        panels_memory.reserve::<Pair>(together * depth / 2 * PANEL);
+        let packed = panels_memory.as_mut_slice::<Pair>();
+        let first = panels.start * PANEL;
+        let count = n.min(panels.end * PANEL) - first;
+        for from in (0..k).step_by(depth) {
+            let terms = depth.min(k - from);
             let panel_len = terms.next_multiple_of(STEP) / 2 * PANEL;
-            let outputs = |panel: usize| (panel * PANEL, PANEL.min(n - panel * PANEL));
             for (panel, packed) in panels.clone().zip(packed.chunks_exact_mut(panel_len)) {
-                let (first, count) = outputs(panel);
+                let (first, count) = (panel * PANEL, PANEL.min(n - panel * PANEL));
                 if how.transpose_b {
                     pack_rows(packed, &b[first * k..(first + count) * k], k, from, terms);
                 } else {
                     pack_columns(packed, &b[from * n..(from + terms) * n], n, first, count);
                 }
             }
-            let accumulate = how.accumulate || from > 0;
-            let scale = how.scale;
-            for row in (0..m).step_by(stretch) {
-                let rows = stretch.min(m - row);
-                let a = &a[row * stride + from..];
-                for (panel, b) in panels.clone().zip(packed.chunks_exact(panel_len)) {
-                    let (first, count) = outputs(panel);
-                    let first = row * n + first;
-                    let block = Block { a, stride, rows, b, c, first, width: n, count, scale, accumulate };
-                    multiply(kernel, &block);
-                }
+            let (a, b) = (&a[from..], &packed[..panels.len() * panel_len]);
+            let (terms, scale, accumulate) = (terms.next_multiple_of(STEP), how.scale, how.accumulate || from > 0);
+            let work = Work { a, stride, rows: m, b, terms, c, first, width: n, count, scale, accumulate };
+            match kernel {
+                // SAFETY: `available` found the instructions.
+                Kernel::Amx => unsafe { amx::multiply(work) },
+                // SAFETY: as above.
+                Kernel::Avx512Bf16 => unsafe { avx512::multiply(work) },
             }
         }
-        PACKED.set(packed);
+        PACKED.set(panels_memory);
     });
-    ROUNDED.set(narrow);
+    ROUNDED.set(rounded);
 }
 
 thread_local! {
     /// Activations of a product that this thread asked for.
-    static ROUNDED: Cell<Vec<bf16>> = const { Cell::new(Vec::new()) };
+    static ROUNDED: Cell<Lines> = Cell::default();
     /// Panels of a task.
-    static PACKED: Cell<Vec<Pair>> = const { Cell::new(Vec::new()) };
-}
-
-fn multiply(kernel: Kernel, block: &Block<'_>) {
-    match kernel {
-        // SAFETY: `available` found the instructions.
-        Kernel::Amx => unsafe { amx::block(block) },
-        // SAFETY: as above.
-        Kernel::Avx512Bf16 => unsafe { avx512::block(block) },
-    }
+    static PACKED: Cell<Lines> = Cell::default();
 }
 
 /// Rows of `k` as bfloat16 rows of `stride`, the nearest ones; zeros behind.

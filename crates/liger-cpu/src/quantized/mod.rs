@@ -50,6 +50,10 @@ impl DeviceMemory for Quantized {
     fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&*self.quants) + size_of_val(&*self.scales) + size_of_val(&*self.offsets)
+    }
 }
 
 impl Quantized {
