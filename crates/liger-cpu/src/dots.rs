@@ -58,10 +58,17 @@ pub(crate) fn product<W: Weight>(
 }
 
 /// The same on this thread alone.
-pub(crate) fn product_alone(c: &mut [f32], x: &[f32], w: &[f32], (m, n, k): (usize, usize, usize), scale: f32) {
+pub(crate) fn product_alone(
+    c: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    (m, n, k): (usize, usize, usize),
+    scale: f32,
+    accumulate: bool,
+) {
     assert!(c.len() == m * n && x.len() == m * k && w.len() == n * k, "dot products {m} x {k} x {n}");
     let c = &Disjoint::new(c);
-    pulp::Arch::new().dispatch(Piece { c, x, w, columns: 0..n, m, n, k, scale, accumulate: false });
+    pulp::Arch::new().dispatch(Piece { c, x, w, columns: 0..n, m, n, k, scale, accumulate });
 }
 
 /// `out [m, d] = p [m, n] v [n, d]`: sums of value rows, for a few rows of weights.

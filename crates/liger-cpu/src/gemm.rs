@@ -5,6 +5,7 @@ use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
 #[cfg(target_arch = "x86_64")]
 use crate::bfloat;
 use crate::dots;
+use crate::narrow;
 use crate::parallel::{for_rows, threads, vectorized};
 use crate::quantized::{self, Quantized};
 
@@ -98,6 +99,11 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
         bfloat::product(kernel, c.as_f32_mut()?, a_data, b, (m, n, k), how);
         return Ok(());
     }
+    if let Storage::F32(b) = b.storage()
+        && with_few(c.as_f32_mut()?, a_data, b, (m, n, k), how)
+    {
+        return Ok(());
+    }
     if how.transpose_b && !how.transpose_a {
         let c = c.as_f32_mut()?;
         match (b.storage(), m >= TALL) {
@@ -134,6 +140,33 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
         }
     }
     Ok(())
+}
+
+/// The product, if one of its sides is short and the matrix that is read or written a tall one.
+fn with_few(c: &mut [f32], a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize), how: Gemm) -> bool {
+    let Gemm { transpose_a, transpose_b, scale, accumulate } = how;
+    match (transpose_a, transpose_b) {
+        (false, _) if k <= narrow::FEW && m >= narrow::TALL => {
+            let across = if transpose_b { &narrow::transposed(b, (n, k)) } else { b };
+            narrow::few_terms(c, a, across, (m, n, k), scale, accumulate);
+        }
+        (false, _) if n <= narrow::FEW && m >= narrow::TALL => {
+            let along = if transpose_b { b } else { &narrow::transposed(b, (k, n)) };
+            narrow::few_outputs(c, a, along, (m, n, k), scale, accumulate);
+        }
+        (true, false) if m <= narrow::FEW && k >= narrow::TALL => {
+            narrow::few_rows(c, a, b, (m, n, k), scale, accumulate);
+        }
+        (true, false) if n <= narrow::FEW && k >= narrow::TALL => {
+            let mut across = vec![0.0; n * m];
+            narrow::few_rows(&mut across, b, a, (n, m, k), scale, false);
+            for (i, c) in c.iter_mut().enumerate() {
+                *c = across[i % n * m + i / n] + if accumulate { *c } else { 0.0 };
+            }
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// The weights of a tensor that is not in plain host memory.

@@ -24,6 +24,7 @@ mod loss;
 mod mapped;
 mod math;
 mod memory;
+mod narrow;
 mod parallel;
 mod profile;
 mod quantized;

@@ -24,7 +24,9 @@ pub(crate) fn check(c: &Check<'_>) {
 fn products(c: &Check<'_>) {
     let sizes =
         [(1, 1, 1), (1, 65, 33), (2, 3, 16), (7, 48, 60), (8, 130, 64), (50, 20, 96), (100, 130, 70), (200, 600, 17)];
-    for (m, n, k) in sizes {
+    // One side short, as LoRA's.
+    let short = [(100, 130, 8), (130, 8, 100), (9, 100, 130), (70, 17, 90)];
+    for (m, n, k) in sizes.into_iter().chain(short) {
         let mut numbers = Numbers::new((m * n * k) as u64);
         let (x, w, old) = (numbers.normal(m * k), numbers.normal(n * k), numbers.normal(m * n));
         let product = matmul(&x, &transpose(&w, n), (m, n, k));

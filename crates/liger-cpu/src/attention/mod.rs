@@ -314,7 +314,7 @@ fn step(
         let count = last - first;
         let at = query_at(heads, s.start, head);
         let mut scores = vec![0.0f32; group * count];
-        dots::product_alone(&mut scores, &q[at..at + group * d], &keys, (group, count, d), scale);
+        dots::product_alone(&mut scores, &q[at..at + group * d], &keys, (group, count, d), scale, false);
         let mut sums = vec![0.0f32; group * d];
         for (scores, part) in scores.chunks_exact_mut(count).zip(parts.chunks_exact_mut(part)) {
             vectorized!(|| {
