@@ -5,9 +5,11 @@
 //! - [`Chunk::to_rows`]    o_igd = sum_j A_igj y_jd E_ijd
 //! - [`Chunk::to_columns`] z_jd  = sum_ig A_igj x_igd E_ijd
 //!
-//! No exponential of a positive number is ever taken, and no two large sums are subtracted: a chunk is cut into
-//! sub-chunks of 16 tokens. Between two of them the decay factors at their border into two that are each at most 1,
-//! and the sum over pairs is a matrix product; inside one, the exponent is summed up pair by pair.
+//! No two large sums are subtracted, and no exponential of a large number is ever taken: a chunk is cut into sub-chunks of 16
+//! tokens. Between two of them the decay factors at their border into two that are each at most 1, and the sum over pairs is a
+//! matrix product. Inside one, where its gates add up to little in every dimension ([`MILD`]), the decay of a pair factors at the
+//! sub-chunk's first token, into one factor of at most 1 and one of at most exp(-[`MILD`]), which is a matrix product too; else the
+//! exponent is summed up pair by pair. A chunk that is mild as a whole is one sub-chunk.
 
 use crate::gemm::{matmul, rows};
 use crate::math::{add_scaled, dot, exp};
@@ -16,6 +18,9 @@ use crate::parallel::vectorized;
 /// Tokens of a chunk.
 pub(crate) const CHUNK: usize = 64;
 const SUB: usize = 16;
+/// The lowest sum of gates whose inverse decay is taken: factors keep their relative precision (the sum's rounding is some 2e-6),
+/// and none comes near float32's largest number.
+const MILD: f32 = -30.0;
 const ALONE: gemm::Parallelism = gemm::Parallelism::None;
 
 /// The decays of one chunk, from its log gates `[C, D]`, which are at least -40.
@@ -24,8 +29,14 @@ pub(crate) struct Chunk<'a> {
     len: usize,
     dim: usize,
     group: usize,
+    /// Tokens of a sub-chunk.
+    sub_len: usize,
+    /// Whether each sub-chunk is mild.
+    is_mild: Vec<bool>,
     /// exp(gates summed from the row's sub-chunk's first token to the row), `[C, D]`.
     row_decay: Vec<f32>,
+    /// The inverse, in mild sub-chunks.
+    inverse_decay: Vec<f32>,
     /// Gates summed from after the row to the end of its sub-chunk, `[C, D]`.
     to_sub_end: Vec<f32>,
     /// Gates summed over each sub-chunk, `[subs, D]`.
@@ -35,24 +46,37 @@ pub(crate) struct Chunk<'a> {
 impl<'a> Chunk<'a> {
     pub(crate) fn new(gates: &'a [f32], dim: usize, group: usize) -> Self {
         let len = gates.len() / dim;
-        let subs = len.div_ceil(SUB);
+        let is_mild = |gates: &[f32]| {
+            let mut sum = vec![0.0f32; dim];
+            gates.chunks_exact(dim).for_each(|row| add_scaled(&mut sum, 1.0, row));
+            sum.iter().all(|&sum| sum >= MILD)
+        };
+        let sub_len = if is_mild(gates) { CHUNK } else { SUB };
+        let subs = len.div_ceil(sub_len);
         let mut chunk = Self {
             gates,
             len,
             dim,
             group,
+            sub_len,
+            is_mild: gates.chunks(sub_len * dim).map(is_mild).collect(),
             row_decay: vec![0.0; gates.len()],
+            inverse_decay: vec![0.0; gates.len()],
             to_sub_end: vec![0.0; gates.len()],
             totals: vec![0.0; subs * dim],
         };
         vectorized!(|| {
             for sub in 0..subs {
-                let range = sub * SUB..len.min((sub + 1) * SUB);
+                let range = sub * sub_len..len.min((sub + 1) * sub_len);
                 let total = &mut chunk.totals[sub * dim..(sub + 1) * dim];
                 for i in range.clone() {
                     add_scaled(total, 1.0, &gates[i * dim..(i + 1) * dim]);
                     for (decay, sum) in chunk.row_decay[i * dim..(i + 1) * dim].iter_mut().zip(&*total) {
                         *decay = exp(*sum);
+                    }
+                    if chunk.is_mild[sub] {
+                        let inverse = &mut chunk.inverse_decay[i * dim..(i + 1) * dim];
+                        inverse.iter_mut().zip(&*total).for_each(|(inverse, sum)| *inverse = exp(-sum));
                     }
                 }
                 for i in range.rev().skip(1) {
@@ -67,11 +91,11 @@ impl<'a> Chunk<'a> {
     }
 
     fn sub(&self, i: usize) -> std::ops::Range<usize> {
-        i * SUB..self.len.min((i + 1) * SUB)
+        i * self.sub_len..self.len.min((i + 1) * self.sub_len)
     }
 
     fn subs(&self) -> usize {
-        self.len.div_ceil(SUB)
+        self.len.div_ceil(self.sub_len)
     }
 
     /// Gates summed over sub-chunks `range`.
@@ -109,7 +133,7 @@ impl<'a> Chunk<'a> {
 
     /// Decay of columns `0..first of sub` from themselves to just before sub-chunk `sub`.
     fn column_decay(&self, sub: usize) -> Vec<f32> {
-        let columns = self.len.min(sub * SUB);
+        let columns = self.len.min(sub * self.sub_len);
         let mut decay = vec![0.0f32; columns * self.dim];
         vectorized!(|| {
             for column_sub in 0..sub {
@@ -128,7 +152,7 @@ impl<'a> Chunk<'a> {
     /// Rows of `x [C, G, D]` that belong to sub-chunk `sub`, times their row decay.
     fn decayed_rows(&self, x: &[f32], sub: usize) -> Vec<f32> {
         let width = self.group * self.dim;
-        let mut scaled = x[sub * SUB * width..self.sub(sub).end * width].to_vec();
+        let mut scaled = x[sub * self.sub_len * width..self.sub(sub).end * width].to_vec();
         self.decay_rows(&mut scaled, sub);
         scaled
     }
@@ -136,11 +160,19 @@ impl<'a> Chunk<'a> {
     fn decay_rows(&self, x: &mut [f32], sub: usize) {
         vectorized!(|| {
             for (row, x) in x.chunks_exact_mut(self.dim).enumerate() {
-                let i = sub * SUB + row / self.group;
+                let i = sub * self.sub_len + row / self.group;
                 let decay = &self.row_decay[i * self.dim..(i + 1) * self.dim];
                 x.iter_mut().zip(decay).for_each(|(x, e)| *x *= e);
             }
         },);
+    }
+
+    /// Columns of `y [C, D]` of a mild sub-chunk, with the inverse of their decay.
+    fn inverse_columns(&self, y: &[f32], sub: usize) -> Vec<f32> {
+        let range = self.sub(sub).start * self.dim..self.sub(sub).end * self.dim;
+        let mut scaled = y[range.clone()].to_vec();
+        vectorized!(|| scaled.iter_mut().zip(&self.inverse_decay[range]).for_each(|(y, e)| *y *= e),);
+        scaled
     }
 
     /// Calls `f(i, j, decay of the pair [D])` for the pairs j <= i inside sub-chunk `sub`.
@@ -152,7 +184,7 @@ impl<'a> Chunk<'a> {
             sum.fill(0.0);
             decay.fill(1.0);
             f(i, i, &decay);
-            for j in (sub * SUB..i).rev() {
+            for j in (sub * self.sub_len..i).rev() {
                 let gates = &self.gates[(j + 1) * dim..(j + 2) * dim];
                 for d in 0..dim {
                     sum[d] += gates[d];
@@ -168,14 +200,26 @@ impl<'a> Chunk<'a> {
         let (dim, group, len) = (self.dim, self.group, self.len);
         let mut a = vec![0.0f32; len * group * len];
         for sub in 0..self.subs() {
-            if sub > 0 {
-                let scaled_rows = self.decayed_rows(x, sub);
+            let range = self.sub(sub);
+            let first = range.start * group * len;
+            if sub > 0 || self.is_mild[sub] {
                 let mut columns = self.column_decay(sub);
                 vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
-                let sizes = (scaled_rows.len() / dim, sub * SUB, dim);
-                let first = sub * SUB * group * len;
+                if self.is_mild[sub] {
+                    columns.extend(self.inverse_columns(y, sub));
+                }
+                let scaled_rows = self.decayed_rows(x, sub);
+                let sizes = (scaled_rows.len() / dim, columns.len() / dim, dim);
                 let (x_rows, y_columns) = (rows(&scaled_rows, dim), rows(&columns, dim).t());
                 matmul(&mut a[first..], len, sizes, x_rows, y_columns, 1.0, false, ALONE);
+            }
+            if self.is_mild[sub] {
+                for i in range.clone() {
+                    for row in i * group..(i + 1) * group {
+                        a[row * len + i + 1..row * len + range.end].fill(0.0);
+                    }
+                }
+                continue;
             }
             vectorized!(|| {
                 let mut scaled = vec![0.0f32; dim];
@@ -198,14 +242,21 @@ impl<'a> Chunk<'a> {
         let (dim, group, len) = (self.dim, self.group, self.len);
         let mut out = vec![0.0f32; len * group * dim];
         for sub in 0..self.subs() {
-            let first = sub * SUB * group;
-            if sub > 0 {
+            let range = self.sub(sub);
+            let first = range.start * group;
+            if sub > 0 || self.is_mild[sub] {
                 let mut columns = self.column_decay(sub);
                 vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
-                let sizes = (self.sub(sub).len() * group, dim, sub * SUB);
-                let block = &mut out[first * dim..self.sub(sub).end * group * dim];
+                if self.is_mild[sub] {
+                    columns.extend(self.inverse_columns(y, sub));
+                }
+                let sizes = (range.len() * group, dim, columns.len() / dim);
+                let block = &mut out[first * dim..range.end * group * dim];
                 matmul(block, dim, sizes, rows(&a[first * len..], len), rows(&columns, dim), 1.0, false, ALONE);
                 self.decay_rows(block, sub);
+            }
+            if self.is_mild[sub] {
+                continue;
             }
             vectorized!(|| {
                 self.for_pairs(sub, |i, j, decay| {
@@ -229,19 +280,25 @@ impl<'a> Chunk<'a> {
         let (dim, group, len) = (self.dim, self.group, self.len);
         let mut out = vec![0.0f32; len * dim];
         for sub in 0..self.subs() {
-            if sub > 0 {
+            let range = self.sub(sub);
+            if sub > 0 || self.is_mild[sub] {
                 let scaled_rows = self.decayed_rows(x, sub);
-                let count = scaled_rows.len() / dim;
-                let mut block = vec![0.0f32; sub * SUB * dim];
-                let weights = rows(&a[sub * SUB * group * len..], len).t();
-                let sizes = (sub * SUB, dim, count);
+                let mut decay = self.column_decay(sub);
+                if self.is_mild[sub] {
+                    decay.extend(&self.inverse_decay[range.start * dim..range.end * dim]);
+                }
+                let mut block = vec![0.0f32; decay.len()];
+                let weights = rows(&a[range.start * group * len..], len).t();
+                let sizes = (decay.len() / dim, dim, scaled_rows.len() / dim);
                 matmul(&mut block, dim, sizes, weights, rows(&scaled_rows, dim), 1.0, false, ALONE);
-                let decay = self.column_decay(sub);
                 vectorized!(|| {
                     for ((z, b), e) in out.iter_mut().zip(&block).zip(&decay) {
                         *z += b * e;
                     }
                 },);
+            }
+            if self.is_mild[sub] {
+                continue;
             }
             vectorized!(|| {
                 self.for_pairs(sub, |i, j, decay| {

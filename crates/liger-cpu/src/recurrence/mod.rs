@@ -1,7 +1,8 @@
 //! The gated recurrence o_t = q_t S_t over chunks of 64 tokens, its backward, and its one-token step.
 //!
 //! Definition and derivation: `tests/golden/reference.py` and `tests/golden/chunked.py`. The state belongs to the
-//! key/value head; the query heads of its group are stacked as rows. Work is shared by (sequence, key/value head).
+//! key/value head; the query heads of its group are stacked as rows. The states before the chunks are a chain, shared by
+//! (sequence, key/value head); all else is shared by (chunk, key/value head).
 //!
 //! With the gate on the key axis, A_ij = q_i E_ij k_j weighs the values; on the value axis A_ij = q_i k_j weighs
 //! gated values, which is the same three sums of [`chunk`] with query and output gradient, key and value exchanged.
@@ -9,7 +10,7 @@
 mod chunk;
 
 use liger_tensor::checks::RecurrenceSizes;
-use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
+use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Result, Sequence, Tensor};
 
 use crate::gemm::{matmul, rows};
 use crate::math::{add_scaled, exp};
@@ -65,9 +66,15 @@ impl<'a> Problem<'a> {
         out
     }
 
-    fn load(&self, head: usize, range: std::ops::Range<usize>) -> Loaded {
-        let mut gates = self.kv_rows(self.gate, self.sizes.gate_dim, head, range.clone());
+    /// Log gates of one head, none below [`LOWEST_GATE`].
+    fn gates(&self, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
+        let mut gates = self.kv_rows(self.gate, self.sizes.gate_dim, head, range);
         gates.iter_mut().for_each(|g| *g = g.max(LOWEST_GATE));
+        gates
+    }
+
+    fn load(&self, head: usize, range: std::ops::Range<usize>) -> Loaded {
+        let gates = self.gates(head, range.clone());
         Loaded {
             q: self.query_rows(self.q, self.sizes.heads.dim, head, range.clone()),
             k: self.kv_rows(self.k, self.sizes.heads.dim, head, range.clone()),
@@ -114,19 +121,35 @@ fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize) -> Vec<f32> {
     a
 }
 
-/// S := decay on `axis` of S, then + k^T v with the gated one decayed to the chunk's end.
-fn advance(state: &mut [f32], c: &Loaded, chunk: &Chunk<'_>, axis: GateAxis, dk: usize, dv: usize) {
-    let (total, to_end) = (chunk.total_decay(), chunk.end_decay());
-    let len = c.k.len() / dk;
-    decay_state(state, &total, axis, dv);
-    match axis {
+/// The state after a chunk, from that before it: decayed, and + k^T v with the gated one decayed to the chunk's end.
+fn advance(state: &mut [f32], p: &Problem<'_>, head: usize, range: std::ops::Range<usize>) {
+    let (dk, dv) = (p.sizes.heads.dim, p.sizes.value_dim);
+    let (gates, len) = (p.gates(head, range.clone()), range.len());
+    let chunk = Chunk::new(&gates, p.sizes.gate_dim, 1);
+    let mut k = p.kv_rows(p.k, dk, head, range.clone());
+    let mut v = p.kv_rows(p.v, dv, head, range);
+    let gated = if p.axis == GateAxis::Key { &mut k } else { &mut v };
+    *gated = times_decay(gated, &chunk.end_decay(), p.sizes.gate_dim, 1);
+    decay_state(state, &chunk.total_decay(), p.axis, dv);
+    add_product(state, (dk, dv, len), rows(&k, dk).t(), rows(&v, dv));
+}
+
+/// The gradient of the state before a chunk, from that of the state after it: decayed, and + q^T do with the gated one decayed from
+/// the chunk's start.
+fn retreat(dstate: &mut [f32], dout: &[f32], p: &Problem<'_>, head: usize, range: std::ops::Range<usize>) {
+    let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
+    let (gates, count) = (p.gates(head, range.clone()), range.len() * group);
+    let chunk = Chunk::new(&gates, p.sizes.gate_dim, group);
+    let (q, from_start) = (p.query_rows(p.q, dk, head, range), chunk.start_decay());
+    decay_state(dstate, &chunk.total_decay(), p.axis, dv);
+    match p.axis {
         GateAxis::Key => {
-            let k = times_decay(&c.k, &to_end, dk, 1);
-            add_product(state, (dk, dv, len), rows(&k, dk).t(), rows(&c.v, dv));
+            let q = times_decay(&q, &from_start, dk, group);
+            add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(dout, dv));
         }
         GateAxis::Value => {
-            let v = times_decay(&c.v, &to_end, dv, 1);
-            add_product(state, (dk, dv, len), rows(&c.k, dk).t(), rows(&v, dv));
+            let dout = times_decay(dout, &from_start, dv, group);
+            add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(&dout, dv));
         }
     }
 }
@@ -188,7 +211,7 @@ fn step(out: &mut [f32], state: &mut [f32], c: &Loaded, p: &Problem<'_>) {
 
 pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&mut Tensor>) -> Result<()> {
     let p = Problem::new("gated_recurrence_forward", inputs)?;
-    let (dk, dv, group, kv) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv);
+    let (dv, group, kv, len) = (p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv, p.sizes.state_len());
     let sequences = inputs.sequences.list();
     p.sizes.check_out("gated_recurrence_forward", out, inputs.sequences)?;
     p.sizes.check_state("gated_recurrence_forward", state.as_deref(), inputs.sequences)?;
@@ -197,36 +220,68 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&m
         None => None,
     };
     let out = Disjoint::new(out.as_f32_mut()?);
+    let width = group * dv;
+    // SAFETY: each (token, head) belongs to exactly one task.
+    let out_row = |t: usize, head: usize| unsafe { out.slice((t * p.sizes.heads.query + head * group) * dv, width) };
+    // First the state before every chunk, one after the other, then the chunks' outputs in any order. A lone token is a step.
+    let mut chunks: Vec<ChunkAt> = Vec::new();
+    let firsts: Vec<usize> = sequences.iter().map(|s| list_chunks(&mut chunks, *s, s.len > 1)).collect();
+    let mut befores = vec![0.0f32; chunks.len() * kv * len];
+    let all_befores = Disjoint::new(&mut befores);
     for_tasks(sequences.len() * kv, |task| {
-        let (s, head) = (sequences[task / kv], task % kv);
+        let (index, head) = (task / kv, task % kv);
+        let s = sequences[index];
         let mut scratch;
         let state = match &states {
             // SAFETY: slots differ between sequences, so each (slot, head) has one task.
-            Some(states) => unsafe { states.slice((s.slot * kv + head) * p.sizes.state_len(), p.sizes.state_len()) },
+            Some(states) => unsafe { states.slice((s.slot * kv + head) * len, len) },
             None => {
-                scratch = vec![0.0f32; p.sizes.state_len()];
+                scratch = vec![0.0f32; len];
                 &mut scratch[..]
             }
         };
-        for first in (0..s.len).step_by(CHUNK) {
-            let range = s.start + first..s.start + s.len.min(first + CHUNK);
-            let c = p.load(head, range.clone());
-            let width = group * dv;
-            // SAFETY: each (token, head) belongs to exactly one task.
-            let out_row = |t: usize| unsafe { out.slice((t * p.sizes.heads.query + head * group) * dv, width) };
-            if s.len == 1 {
-                step(out_row(s.start), state, &c, &p);
-                continue;
-            }
-            let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
-            let block = chunk_output(&c, &chunk, state, &p);
-            for (t, row) in range.zip(block.chunks_exact(width)) {
-                out_row(t).copy_from_slice(row);
-            }
-            advance(state, &c, &chunk, p.axis, dk, dv);
+        if s.len == 1 {
+            let c = p.load(head, s.start..s.start + 1);
+            return step(out_row(s.start, head), state, &c, &p);
+        }
+        for (i, at) in chunks[firsts[index]..].iter().take(s.len.div_ceil(CHUNK)).enumerate() {
+            // SAFETY: each (chunk, head) has one task.
+            let before = unsafe { all_befores.slice(((firsts[index] + i) * kv + head) * len, len) };
+            before.copy_from_slice(state);
+            advance(state, &p, head, at.range());
+        }
+    });
+    for_tasks(chunks.len() * kv, |task| {
+        let (range, head) = (chunks[task / kv].range(), task % kv);
+        let c = p.load(head, range.clone());
+        let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
+        let block = chunk_output(&c, &chunk, &befores[task * len..(task + 1) * len], &p);
+        for (t, row) in range.zip(block.chunks_exact(width)) {
+            out_row(t, head).copy_from_slice(row);
         }
     });
     Ok(())
+}
+
+/// Tokens of a batch that are one chunk.
+#[derive(Clone, Copy)]
+struct ChunkAt {
+    start: usize,
+    len: usize,
+}
+
+impl ChunkAt {
+    fn range(self) -> std::ops::Range<usize> {
+        self.start..self.start + self.len
+    }
+}
+
+/// Adds the chunks of a sequence, if it has any; where they begin in the list.
+fn list_chunks(list: &mut Vec<ChunkAt>, s: Sequence, has_chunks: bool) -> usize {
+    let first = list.len();
+    let starts = (0..if has_chunks { s.len } else { 0 }).step_by(CHUNK);
+    list.extend(starts.map(|start| ChunkAt { start: s.start + start, len: CHUNK.min(s.len - start) }));
+    first
 }
 
 pub(crate) fn backward(
@@ -237,8 +292,8 @@ pub(crate) fn backward(
 ) -> Result<()> {
     let p = Problem::new("gated_recurrence_backward", inputs)?;
     p.sizes.check_state("gated_recurrence_backward", initial, inputs.sequences)?;
-    let (dk, dv, group, kv) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv);
-    let (sequences, len) = (inputs.sequences.list(), p.sizes.state_len());
+    let (dv, group, kv, len) = (p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv, p.sizes.state_len());
+    let sequences = inputs.sequences.list();
     let initial = initial.map(Tensor::as_f32).transpose()?;
     let dout = dout.as_f32()?;
     let out = Outputs {
@@ -247,50 +302,70 @@ pub(crate) fn backward(
         v: Disjoint::new(gradients.v.as_f32_mut()?),
         gate: Disjoint::new(gradients.log_gate.as_f32_mut()?),
     };
-    let dstates = match gradients.state {
-        Some(state) => Some(Disjoint::new(state.as_f32_mut()?)),
-        None => None,
-    };
-    for_tasks(sequences.len() * kv, |task| {
-        let (s, head) = (sequences[task / kv], task % kv);
-        let range = |n: usize| s.start + n * CHUNK..s.start + s.len.min((n + 1) * CHUNK);
-        let chunks = s.len.div_ceil(CHUNK);
-
-        // The state before every chunk, and after the last.
-        let mut states = vec![0.0f32; (chunks + 1) * len];
-        if let Some(initial) = initial {
-            let at = (s.slot * kv + head) * len;
-            states[..len].copy_from_slice(&initial[at..at + len]);
-        }
-        for n in 0..chunks {
-            let c = p.load(head, range(n));
-            let (before, after) = states[n * len..(n + 2) * len].split_at_mut(len);
-            after.copy_from_slice(before);
-            advance(after, &c, &Chunk::new(&c.gates, p.sizes.gate_dim, group), p.axis, dk, dv);
-        }
-
-        let mut dstate = vec![0.0f32; len];
-        // The gate's gradient is one sum from the end of the sequence, kept in float64: it runs over many tokens.
-        let mut gate_sum = vec![0.0f64; p.sizes.gate_dim];
-        if let Some(dstates) = &dstates {
-            // SAFETY: each (sequence, head) has one task.
-            dstate.copy_from_slice(unsafe { dstates.slice(task * len, len) });
-            for (i, (state, d)) in states[chunks * len..].iter().zip(&dstate).enumerate() {
-                let gated = if p.axis == GateAxis::Key { i / dv } else { i % dv };
-                gate_sum[gated] += f64::from(state * d);
+    let dstates = gradients.state.map(Tensor::as_f32_mut).transpose()?;
+    // Of the states after the sequences; in the end `dstates` is of those before them.
+    let dlast = dstates.as_deref().map(<[f32]>::to_vec);
+    let dstates = dstates.map(Disjoint::new);
+    let mut chunks: Vec<ChunkAt> = Vec::new();
+    let firsts: Vec<usize> = sequences.iter().map(|s| list_chunks(&mut chunks, *s, true)).collect();
+    // By (chunk, head): the state before it, and the gradient of the state after it. Both are chains, one from each end.
+    let mut befores = vec![0.0f32; chunks.len() * kv * len];
+    let mut dafters = vec![0.0f32; chunks.len() * kv * len];
+    // By (sequence, head): the gate's gradient after the last token.
+    let mut gate_sums = vec![0.0f64; sequences.len() * kv * p.sizes.gate_dim];
+    let (all_befores, all_dafters) = (Disjoint::new(&mut befores), Disjoint::new(&mut dafters));
+    let all_gate_sums = Disjoint::new(&mut gate_sums);
+    for_tasks(2 * sequences.len() * kv, |task| {
+        let (index, head) = (task / 2 / kv, task / 2 % kv);
+        let s = sequences[index];
+        let mut state = vec![0.0f32; len];
+        let own = (firsts[index]..).zip(&chunks[firsts[index]..]).take(s.len.div_ceil(CHUNK));
+        if task % 2 == 0 {
+            if let Some(initial) = initial {
+                state.copy_from_slice(&initial[(s.slot * kv + head) * len..][..len]);
+            }
+            for (i, at) in own {
+                // SAFETY: each (chunk, head) has one such task.
+                unsafe { all_befores.slice((i * kv + head) * len, len) }.copy_from_slice(&state);
+                advance(&mut state, &p, head, at.range());
+            }
+            if let Some(dlast) = &dlast {
+                // SAFETY: each (sequence, head) has one such task.
+                let gate_sum = unsafe { all_gate_sums.slice((index * kv + head) * p.sizes.gate_dim, p.sizes.gate_dim) };
+                let dlast = &dlast[(index * kv + head) * len..][..len];
+                for (i, (state, d)) in state.iter().zip(dlast).enumerate() {
+                    let gated = if p.axis == GateAxis::Key { i / dv } else { i % dv };
+                    gate_sum[gated] += f64::from(state * d);
+                }
+            }
+        } else {
+            if let Some(dlast) = &dlast {
+                state.copy_from_slice(&dlast[(index * kv + head) * len..][..len]);
+            }
+            for (i, at) in own.collect::<Vec<_>>().into_iter().rev() {
+                // SAFETY: each (chunk, head) has one such task.
+                unsafe { all_dafters.slice((i * kv + head) * len, len) }.copy_from_slice(&state);
+                let rows = p.query_rows(dout, dv, head, at.range());
+                retreat(&mut state, &rows, &p, head, at.range());
+            }
+            if let Some(dstates) = &dstates {
+                // SAFETY: as above.
+                unsafe { dstates.slice((index * kv + head) * len, len) }.copy_from_slice(&state);
             }
         }
-        for n in (0..chunks).rev() {
-            let c = p.load(head, range(n));
-            let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
-            let dout = p.query_rows(dout, dv, head, range(n));
-            let g = chunk_gradients(&c, &chunk, &states[n * len..(n + 1) * len], &mut dstate, &dout, &p);
-            out.store(&p, &g, &c, head, range(n), &mut gate_sum);
-        }
-        if let Some(dstates) = &dstates {
-            // SAFETY: each (sequence, head) has one task.
-            unsafe { dstates.slice(task * len, len) }.copy_from_slice(&dstate);
-        }
+    });
+    for_tasks(chunks.len() * kv, |task| {
+        let (range, head) = (chunks[task / kv].range(), task % kv);
+        let c = p.load(head, range.clone());
+        let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
+        let dout = p.query_rows(dout, dv, head, range.clone());
+        let at = task * len..(task + 1) * len;
+        let g = chunk_gradients(&c, &chunk, &befores[at.clone()], &dafters[at], &dout, &p);
+        out.store(&p, &g, head, range);
+    });
+    for_tasks(sequences.len() * kv, |task| {
+        let (index, head) = (task / kv, task % kv);
+        out.sum_gates(&p, sequences[index], head, &gate_sums[task * p.sizes.gate_dim..][..p.sizes.gate_dim]);
     });
     Ok(())
 }
@@ -303,18 +378,18 @@ struct ChunkGradients {
     gate: Vec<f32>,
 }
 
-/// Also turns the gradient of the state after the chunk into that of the state before it.
+/// From the state before the chunk and the gradient of the state after it.
 fn chunk_gradients(
     c: &Loaded,
     chunk: &Chunk<'_>,
     state: &[f32],
-    dstate: &mut [f32],
+    dstate: &[f32],
     dout: &[f32],
     p: &Problem<'_>,
 ) -> ChunkGradients {
     let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
     let (len, count) = (c.k.len() / dk, c.q.len() / dk);
-    let (from_start, to_end, total) = (chunk.start_decay(), chunk.end_decay(), chunk.total_decay());
+    let (from_start, to_end) = (chunk.start_decay(), chunk.end_decay());
     let product = |sizes: (usize, usize, usize), a, b| {
         let mut c = vec![0.0f32; sizes.0 * sizes.1];
         add_product(&mut c, sizes, a, b);
@@ -336,10 +411,6 @@ fn chunk_gradients(
             let mut dvalue = product((len, dv, dk), rows(&k, dk), rows(dstate, dv));
             let a = chunk.scores(&c.q, &c.k);
             add_product(&mut dvalue, (len, dv, count), rows(&a, len).t(), rows(dout, dv));
-            // dS = exp(e) dS + (q exp(b))^T do
-            let q = times_decay(&c.q, &from_start, dk, group);
-            decay_state(dstate, &total, p.axis, dv);
-            add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(dout, dv));
             let gate = gate_terms((&c.q, &dq), (&c.k, &dkey), dk, group);
             ChunkGradients { q: dq, k: dkey, v: dvalue, gate }
         }
@@ -358,9 +429,6 @@ fn chunk_gradients(
             // dk = (v exp(e - b)) dS^T + dA^T q
             let mut dkey = product((len, dk, dv), rows(&v, dv), rows(dstate, dv).t());
             add_product(&mut dkey, (len, dk, count), rows(&da, len).t(), rows(&c.q, dk));
-            // dS = dS exp(e) + q^T (do exp(b))
-            decay_state(dstate, &total, p.axis, dv);
-            add_product(dstate, (dk, dv, count), rows(&c.q, dk).t(), rows(&dout_decayed, dv));
             let out = chunk_output(c, chunk, state, p);
             let gate = gate_terms((&out, dout), (&c.v, &dvalue), dv, group);
             ChunkGradients { q: dq, k: dkey, v: dvalue, gate }
@@ -388,31 +456,34 @@ struct Outputs<'a> {
 }
 
 impl Outputs<'_> {
-    /// Scatters a chunk's gradients; walks its tokens from the last to the first to finish the gate's sums.
-    fn store(
-        &self,
-        p: &Problem<'_>,
-        g: &ChunkGradients,
-        c: &Loaded,
-        head: usize,
-        range: std::ops::Range<usize>,
-        gate_sum: &mut [f64],
-    ) {
+    /// Scatters a chunk's gradients: of the gate, each token's own term.
+    fn store(&self, p: &Problem<'_>, g: &ChunkGradients, head: usize, range: std::ops::Range<usize>) {
         let (kv, group, gate_dim) = (p.sizes.heads.kv, p.sizes.heads.group(), p.sizes.gate_dim);
-        for (i, t) in range.enumerate().rev() {
-            let write = |to: &Disjoint<'_>, from: &[f32], width: usize, at: usize| {
+        for (i, t) in range.enumerate() {
+            let write = |to: &Disjoint<'_>, from: &[f32], width: usize| {
                 // SAFETY: each (token, head) belongs to exactly one task.
-                unsafe { to.slice(at * width, width) }.copy_from_slice(&from[i * width..(i + 1) * width]);
+                unsafe { to.slice((t * kv + head) * width, width) }.copy_from_slice(&from[i * width..(i + 1) * width]);
             };
-            write(&self.q, &g.q, group * p.sizes.heads.dim, t * kv + head);
-            write(&self.k, &g.k, p.sizes.heads.dim, t * kv + head);
-            write(&self.v, &g.v, p.sizes.value_dim, t * kv + head);
-            // SAFETY: as above.
-            let gate = unsafe { self.gate.slice((t * kv + head) * gate_dim, gate_dim) };
-            for d in 0..gate_dim {
-                gate_sum[d] += f64::from(g.gate[i * gate_dim + d]);
+            write(&self.q, &g.q, group * p.sizes.heads.dim);
+            write(&self.k, &g.k, p.sizes.heads.dim);
+            write(&self.v, &g.v, p.sizes.value_dim);
+            write(&self.gate, &g.gate, gate_dim);
+        }
+    }
+
+    /// Turns each token's own term into the gate's gradient: the sum of it, those of the later tokens, and `last`. In float64, for
+    /// it runs over many tokens.
+    fn sum_gates(&self, p: &Problem<'_>, s: Sequence, head: usize, last: &[f64]) {
+        let (kv, gate_dim) = (p.sizes.heads.kv, p.sizes.gate_dim);
+        let mut sum = last.to_vec();
+        for t in (s.start..s.start + s.len).rev() {
+            let at = (t * kv + head) * gate_dim;
+            // SAFETY: each (token, head) belongs to exactly one task.
+            let terms = unsafe { self.gate.slice(at, gate_dim) };
+            for ((term, sum), gate) in terms.iter_mut().zip(&mut sum).zip(&p.gate[at..at + gate_dim]) {
+                *sum += f64::from(*term);
                 // A clamped gate forgets everything: its true gradient is far below float32's noise.
-                gate[d] = if c.gates[i * gate_dim + d] <= LOWEST_GATE { 0.0 } else { gate_sum[d] as f32 };
+                *term = if *gate <= LOWEST_GATE { 0.0 } else { *sum as f32 };
             }
         }
     }
