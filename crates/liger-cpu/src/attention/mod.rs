@@ -19,7 +19,7 @@ use crate::dots;
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{matmul, rows};
 use crate::math::{add_scaled, exp, maximum, softmax};
-use crate::parallel::{Disjoint, for_tasks, vectorized};
+use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
 const BLOCK: usize = 64;
 /// Keys that one task of a one-token step looks at.
@@ -368,15 +368,22 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
     let d = heads.dim;
     let width = heads.group() * d;
     let alone = gemm::Parallelism::None;
-    for_tasks(sequences.list().len() * heads.kv, |task| {
-        let (sequence, head) = (sequences.list()[task / heads.kv], task % heads.kv);
+    // Blocks of one head add to the gradients of the same keys: where there are few heads, several runs of blocks do so apart.
+    let pairs = sequences.list().len() * heads.kv;
+    let runs = (4 * threads()).div_ceil(pairs.max(1));
+    let mut parts: Vec<[Vec<f32>; 2]> = (0..pairs * runs).map(|_| Default::default()).collect();
+    let all_parts = Disjoint::new(&mut parts);
+    for_tasks(pairs * runs, |task| {
+        let (pair, run) = (task / runs, task % runs);
+        let (sequence, head) = (sequences.list()[pair / heads.kv], pair % heads.kv);
         let start = sequence.position;
         let source = |new| Source { new, past: None, cache_rows: 0, spec, sequence, heads, head };
         // Gradients of this head's keys and values, [T, D].
         let mut all_dk = vec![0.0f32; sequence.len * d];
         let mut all_dv = vec![0.0f32; sequence.len * d];
-        for (first, last) in blocks(spec, sequence) {
-            let seen = visible(spec, kept.get(task), start, start + first, start + last);
+        let blocks = blocks(spec, sequence);
+        for &(first, last) in &blocks[blocks.len() * run / runs..blocks.len() * (run + 1) / runs] {
+            let seen = visible(spec, kept.get(pair), start, start + first, start + last);
             let (keys, values) = (source(k).gather_keys(&seen, &turns), source(v).gather(&seen));
             let block = sequence.start + first..sequence.start + last;
             let queries = gather_queries(q, heads, head, block.clone());
@@ -411,10 +418,19 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
                 unsafe { dq.slice(query_at(heads, sequence.start + first + t, head), width) }.copy_from_slice(row);
             }
         }
-        for (to, all) in [(&dk, &all_dk), (&dv, &all_dv)] {
-            for (t, row) in all.chunks_exact(d).enumerate() {
-                // SAFETY: as above.
-                unsafe { to.slice(kv_at(heads, sequence.start + t, head), d) }.copy_from_slice(row);
+        // SAFETY: each task has its own.
+        let part = unsafe { all_parts.slice(task, 1) };
+        part[0] = [all_dk, all_dv];
+    });
+    for_tasks(pairs, |pair| {
+        let (sequence, head) = (sequences.list()[pair / heads.kv], pair % heads.kv);
+        let parts = &parts[pair * runs..(pair + 1) * runs];
+        for (which, to) in [&dk, &dv].into_iter().enumerate() {
+            for t in 0..sequence.len {
+                // SAFETY: each (token, head) belongs to exactly one task.
+                let row = unsafe { to.slice(kv_at(heads, sequence.start + t, head), d) };
+                row.copy_from_slice(&parts[0][which][t * d..(t + 1) * d]);
+                parts[1..].iter().for_each(|part| add_scaled(row, 1.0, &part[which][t * d..(t + 1) * d]));
             }
         }
     });
