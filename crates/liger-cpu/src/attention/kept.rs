@@ -4,7 +4,7 @@ use liger_tensor::checks::Heads;
 use liger_tensor::{Attention, AttentionSpec, Error, Keeping, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
 
 use super::{Source, kv_at, query_at};
-use crate::math::{add_scaled, sin_cos_of_revolutions};
+use crate::math::{add_scaled, dot, sin_cos_of_revolutions};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 
 /// A key that a query sees.
@@ -113,8 +113,12 @@ impl Candidates<'_> {
             self.turns.turn(&mut row, turn as i64);
         }
         let scale = 1.0 / ((d as f32).sqrt() * self.window as f32);
-        let scores = queries.chunks_exact(d).map(|q| scale * q.iter().zip(&row).map(|(q, k)| q * k).sum::<f32>());
-        let scores: Vec<f32> = scores.collect();
+        let mut scores = vec![0.0f32; queries.len() / d];
+        vectorized!(|| {
+            for (score, q) in scores.iter_mut().zip(queries.chunks_exact(d)) {
+                *score = scale * dot(q, &row);
+            }
+        },);
         let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         best + scores.iter().map(|score| (score - best).exp()).sum::<f32>().ln()
     }
@@ -207,21 +211,24 @@ pub(super) fn select(
         None => None,
     };
     let (cache_rows, width) = (spec.cache_rows(), heads.group() * heads.dim);
-    let mut kept = Vec::with_capacity(sequences.list().len() * heads.kv);
-    for &sequence in sequences.list() {
-        for head in 0..heads.kv {
-            let place = sequence.slot * heads.kv + head;
-            let keys = Source { new, past: held.map(|h| h.0), cache_rows, spec, sequence, heads, head };
-            let of_head = |rows: usize| place * rows..(place + 1) * rows;
-            let remembered = held.map(|(_, [scores, positions, queries])| Remembered {
-                scores: &scores[of_head(cache_rows)],
-                positions: &positions[of_head(spec.slots())],
-                queries: &queries[of_head(width)],
-            });
-            kept.push(Candidates { window, new_scores, remembered, keys, q, turns }.choose());
-        }
-    }
-    Ok(kept)
+    let mut kept: Vec<Option<Kept>> = (0..sequences.list().len() * heads.kv).map(|_| None).collect();
+    let all = Disjoint::new(&mut kept);
+    for_tasks(sequences.list().len() * heads.kv, |task| {
+        let (sequence, head) = (sequences.list()[task / heads.kv], task % heads.kv);
+        let place = sequence.slot * heads.kv + head;
+        let keys = Source { new, past: held.map(|h| h.0), cache_rows, spec, sequence, heads, head };
+        let of_head = |rows: usize| place * rows..(place + 1) * rows;
+        let remembered = held.map(|(_, [scores, positions, queries])| Remembered {
+            scores: &scores[of_head(cache_rows)],
+            positions: &positions[of_head(spec.slots())],
+            queries: &queries[of_head(width)],
+        });
+        let chosen = Candidates { window, new_scores, remembered, keys, q, turns }.choose();
+        // SAFETY: each task has its own.
+        let own = unsafe { all.slice(task, 1) };
+        own[0] = Some(chosen);
+    });
+    Ok(kept.into_iter().flatten().collect())
 }
 
 fn remembered(cache: &KeyValueCache) -> Result<&KeptKeys> {
