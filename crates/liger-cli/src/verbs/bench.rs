@@ -316,9 +316,10 @@ impl Bench<'_> {
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         let (mut work, mut time) = (0.0, 0.0);
         for (out, input, count) in [(q, d, 1), (kv, d, 2), (d, q, 1), (ff, d, 2), (d, ff, 1)] {
-            let dtype = ops.activations();
-            let tensor = |rows: usize, columns: usize| ops.random(&[rows, columns], 1.0, 1, dtype);
-            let (x, w, y) = (tensor(tokens, input)?, tensor(out, input)?, tensor(tokens, out)?);
+            let weights = self.decoder.weights().dtype();
+            let weights = if weights.is_quantized() { ops.activations() } else { weights };
+            let tensor = |rows: usize| ops.random(&[tokens, rows], 1.0, 1, ops.activations());
+            let (x, w, y) = (tensor(input)?, ops.random(&[out, input], 1.0, 1, weights)?, tensor(out)?);
             let (mut forward, mut gradient) = (ops.empty(&[tokens, out])?, ops.empty(&[tokens, input])?);
             let mut seconds = self.median(self.args.repeat, || Ok(ops.gemm(&mut forward, &x, &w, Gemm::LINEAR)?))?;
             if backward > 0 {

@@ -125,16 +125,19 @@ fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &
     let scale = 1.0 / (h.dim as f32).sqrt();
     let sizes = (count, n, h.dim);
     matmul(&mut scores, n, sizes, rows(q, h.dim), rows(k, h.dim).t(), scale, false, gemm::Parallelism::None);
+    // The last keys are those of neighbouring tokens, up to the block's last one; all that stand before them are seen by all.
+    let to = from + count / group;
+    let window_keys = seen.iter().rev().zip((0..to).rev()).take_while(|(seen, t)| seen.key == Key::At(*t)).count();
+    let column = |position: usize| n - (to - position).min(window_keys);
+    // Of a block within one stretch all queries see the same kept keys and the same window.
+    let window = spec.window.filter(|_| spec.kept == 0);
     vectorized!(|| {
         for (r, row) in scores.chunks_exact_mut(n).enumerate() {
             let position = from + r / group;
-            for (score, seen) in row.iter_mut().zip(seen) {
-                // Of a block within one stretch all queries see the same kept keys and the same window.
-                let Key::At(key) = seen.key else { continue };
-                let in_window = spec.kept > 0 || spec.window.is_none_or(|w| position < key + w);
-                if key > position || !(in_window || key < spec.sinks) {
-                    *score = f32::NEG_INFINITY;
-                }
+            row[column(position) + 1..].fill(f32::NEG_INFINITY);
+            let start = window.map_or(0, |w| (position + 1).saturating_sub(w));
+            if spec.sinks < start {
+                row[column(spec.sinks)..column(start)].fill(f32::NEG_INFINITY);
             }
             softmax(row);
         }
