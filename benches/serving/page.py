@@ -71,6 +71,7 @@ class Page:
     async def shot(self, name):
         if options.shots:
             data = (await self.do("Page.captureScreenshot"))["data"]
+            pathlib.Path(options.shots).mkdir(parents=True, exist_ok=True)
             pathlib.Path(options.shots, name + ".png").write_bytes(base64.b64decode(data))
 
 
@@ -126,7 +127,7 @@ async def walk(page):
 
 
 async def main():
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--remote-debugging-port={options.port}"]
         browser = subprocess.Popen(
             [options.chromium, *flags, f"--user-data-dir={profile}", "about:blank"],
