@@ -1,7 +1,7 @@
 //! Norms, RoPE, SwiGLU, embedding, dropout and sums.
 
 use liger_tensor::checks::{self, same_length, whole_rows};
-use liger_tensor::{Result, Storage, Tensor};
+use liger_tensor::{Activation, Result, Storage, Tensor};
 
 use crate::gemm::quantized_of;
 use crate::math::{dot, exp, sigmoid, softmax};
@@ -125,25 +125,31 @@ fn turn(out: &mut Tensor, keep: f32, factors: (f32, f32), x: &Tensor, (cos, sin)
     Ok(())
 }
 
-pub(crate) fn swiglu_forward(out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-    same_length("swiglu_forward", out, gate)?;
-    same_length("swiglu_forward", up, gate)?;
+/// From here on a sigmoid is 0 or 1; its argument's third power stays finite.
+const SATURATED: f32 = 100.0;
+
+pub(crate) fn glu_forward(out: &mut Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<()> {
+    same_length("glu_forward", out, gate)?;
+    same_length("glu_forward", up, gate)?;
+    let [a, b] = activation.coefficients();
     let (gate, up) = (gate.as_f32()?, up.as_f32()?);
     for_rows(out.as_f32_mut()?, 1, |start, out| {
         let (gate, up) = (&gate[start..start + out.len()], &up[start..start + out.len()]);
         vectorized!(|| {
             for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-                *out = g * sigmoid(*g) * u;
+                let x = g.clamp(-SATURATED, SATURATED);
+                *out = g * sigmoid(x * (a + b * x * x)) * u;
             }
         },);
     });
     Ok(())
 }
 
-/// silu'(g) = s (1 + g (1 - s)), s = sigmoid(g).
-pub(crate) fn swiglu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
-    same_length("swiglu_backward", gate, dout)?;
-    same_length("swiglu_backward", up, dout)?;
+/// The activation's derivative is s (1 + g (a + 3 b g^2) (1 - s)), s = sigmoid(a g + b g^3).
+pub(crate) fn glu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, activation: Activation) -> Result<()> {
+    same_length("glu_backward", gate, dout)?;
+    same_length("glu_backward", up, dout)?;
+    let [a, b] = activation.coefficients();
     let (dout, up) = (dout.as_f32()?, crate::parallel::Disjoint::new(up.as_f32_mut()?));
     for_rows(gate.as_f32_mut()?, 1, |start, gate| {
         let dout = &dout[start..start + gate.len()];
@@ -151,8 +157,9 @@ pub(crate) fn swiglu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor)
         let up = unsafe { up.slice(start, gate.len()) };
         vectorized!(|| {
             for ((g, u), d) in gate.iter_mut().zip(up).zip(dout) {
-                let s = sigmoid(*g);
-                let (dg, du) = (d * *u * s * (1.0 + *g * (1.0 - s)), d * *g * s);
+                let x = g.clamp(-SATURATED, SATURATED);
+                let s = sigmoid(x * (a + b * x * x));
+                let (dg, du) = (d * *u * s * (1.0 + x * (a + 3.0 * b * x * x) * (1.0 - s)), d * *g * s);
                 (*g, *u) = (dg, du);
             }
         },);

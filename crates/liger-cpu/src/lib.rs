@@ -39,8 +39,8 @@ use half::bf16;
 use liger_tensor::checks::row_range;
 use liger_tensor::quantize::{BLOCK, quantize};
 use liger_tensor::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureGradients, FeatureSpec, Features,
-    Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
+    Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureGradients, FeatureSpec,
+    Features, Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
 };
 
 use crate::quantized::Quantized;
@@ -217,12 +217,12 @@ impl Ops for Cpu {
         self.profile.time("rope_backward", || elementwise::rope_backward(dx, keep, scale, dy, angles))
     }
 
-    fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-        self.profile.time("swiglu_forward", || elementwise::swiglu_forward(out, gate, up))
+    fn glu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<()> {
+        self.profile.time("glu_forward", || elementwise::glu_forward(out, gate, up, activation))
     }
 
-    fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
-        self.profile.time("swiglu_backward", || elementwise::swiglu_backward(gate, up, dout))
+    fn glu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, activation: Activation) -> Result<()> {
+        self.profile.time("glu_backward", || elementwise::glu_backward(gate, up, dout, activation))
     }
 
     fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {

@@ -159,43 +159,48 @@ extern "C" __global__ void rope_fours(act* out, const act* x, const float* cosin
     store4(out + high, right);
 }
 
-extern "C" __global__ void swiglu_forward(act* out, const act* gate, const act* up, long long n) {
+// The gate of a feed-forward layer goes through x sigmoid(a x + b x^3); from `SATURATED` on a sigmoid is 0 or 1.
+#define SATURATED 100.0f
+__device__ __forceinline__ float within_saturation(float x) { return fminf(fmaxf(x, -SATURATED), SATURATED); }
+
+__device__ __forceinline__ float glu(float g, float u, float a, float b) {
+    float x = within_saturation(g);
+    return g * sigmoid(x * (a + b * x * x)) * u;
+}
+
+extern "C" __global__ void glu_forward(act* out, const act* gate, const act* up, float a, float b, long long n) {
     long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (i + 4 <= n) {
         float4 g = load4(gate + i), u = load4(up + i);
-        store4(out + i, make_float4(g.x * sigmoid(g.x) * u.x, g.y * sigmoid(g.y) * u.y, g.z * sigmoid(g.z) * u.z,
-                                    g.w * sigmoid(g.w) * u.w));
+        store4(out + i, make_float4(glu(g.x, u.x, a, b), glu(g.y, u.y, a, b), glu(g.z, u.z, a, b), glu(g.w, u.w, a, b)));
         return;
     }
-    for (; i < n; i++) {
-        float g = to_float(gate[i]);
-        out[i] = from_float<act>(g * sigmoid(g) * to_float(up[i]));
-    }
+    for (; i < n; i++) out[i] = from_float<act>(glu(to_float(gate[i]), to_float(up[i]), a, b));
 }
 
-__device__ __forceinline__ void swiglu_gradient(float& g, float& u, float d) {
-    float s = sigmoid(g);
-    float dg = d * u * s * (1.0f + g * (1.0f - s));
+__device__ __forceinline__ void glu_gradient(float& g, float& u, float d, float a, float b) {
+    float x = within_saturation(g), s = sigmoid(x * (a + b * x * x));
+    float dg = d * u * s * (1.0f + x * (a + 3.0f * b * x * x) * (1.0f - s));
     u = d * g * s;
     g = dg;
 }
 
 // Overwrites gate and up by their gradients.
-extern "C" __global__ void swiglu_backward(act* gate, act* up, const act* dout, long long n) {
+extern "C" __global__ void glu_backward(act* gate, act* up, const act* dout, float a, float b, long long n) {
     long long i = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
     if (i + 4 <= n) {
         float4 g = load4(gate + i), u = load4(up + i), d = load4(dout + i);
-        swiglu_gradient(g.x, u.x, d.x);
-        swiglu_gradient(g.y, u.y, d.y);
-        swiglu_gradient(g.z, u.z, d.z);
-        swiglu_gradient(g.w, u.w, d.w);
+        glu_gradient(g.x, u.x, d.x, a, b);
+        glu_gradient(g.y, u.y, d.y, a, b);
+        glu_gradient(g.z, u.z, d.z, a, b);
+        glu_gradient(g.w, u.w, d.w, a, b);
         store4(gate + i, g);
         store4(up + i, u);
         return;
     }
     for (; i < n; i++) {
         float g = to_float(gate[i]), u = to_float(up[i]);
-        swiglu_gradient(g, u, to_float(dout[i]));
+        glu_gradient(g, u, to_float(dout[i]), a, b);
         gate[i] = from_float<act>(g);
         up[i] = from_float<act>(u);
     }

@@ -1,7 +1,7 @@
 //! Norms, RoPE, SwiGLU, embedding, dropout and sums: sizes for `kernels/elementwise.cu`.
 
 use liger_tensor::checks::{self, same_length, whole_rows};
-use liger_tensor::{DType, Result, Tensor};
+use liger_tensor::{Activation, DType, Result, Tensor};
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Launch, int, long};
@@ -106,19 +106,33 @@ pub(crate) fn rope(
     cuda.launch((Source::Elementwise, name), Launch::over(pairs, each), &args)
 }
 
-pub(crate) fn swiglu_forward(cuda: &Cuda, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-    const NAME: &str = "swiglu_forward";
+pub(crate) fn glu_forward(
+    cuda: &Cuda,
+    out: &mut Tensor,
+    gate: &Tensor,
+    up: &Tensor,
+    activation: Activation,
+) -> Result<()> {
+    const NAME: &str = "glu_forward";
     same_length(NAME, out, gate)?;
     same_length(NAME, up, gate)?;
-    let args = [cuda.act(NAME, out)?, cuda.act(NAME, gate)?, cuda.act(NAME, up)?, long(out.len())];
+    let [a, b] = activation.coefficients().map(Arg::Float);
+    let args = [cuda.act(NAME, out)?, cuda.act(NAME, gate)?, cuda.act(NAME, up)?, a, b, long(out.len())];
     cuda.launch((Source::Elementwise, NAME), Launch::over(out.len(), 4), &args)
 }
 
-pub(crate) fn swiglu_backward(cuda: &Cuda, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
-    const NAME: &str = "swiglu_backward";
+pub(crate) fn glu_backward(
+    cuda: &Cuda,
+    gate: &mut Tensor,
+    up: &mut Tensor,
+    dout: &Tensor,
+    activation: Activation,
+) -> Result<()> {
+    const NAME: &str = "glu_backward";
     same_length(NAME, gate, dout)?;
     same_length(NAME, up, dout)?;
-    let args = [cuda.act(NAME, gate)?, cuda.act(NAME, up)?, cuda.act(NAME, dout)?, long(dout.len())];
+    let [a, b] = activation.coefficients().map(Arg::Float);
+    let args = [cuda.act(NAME, gate)?, cuda.act(NAME, up)?, cuda.act(NAME, dout)?, a, b, long(dout.len())];
     cuda.launch((Source::Elementwise, NAME), Launch::over(dout.len(), 4), &args)
 }
 

@@ -28,9 +28,9 @@ use std::sync::Arc;
 use half::bf16;
 use liger_tensor::checks;
 use liger_tensor::{
-    AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error, FeatureGradients,
-    FeatureSpec, Features, Gemm, KeyValueCache, Ops, Recurrence, RecurrenceGradients, Result, Sequences, StepOps,
-    Storage, Tensor,
+    Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, DeviceMemory, Draw, Error,
+    FeatureGradients, FeatureSpec, Features, Gemm, KeyValueCache, Ops, Recurrence, RecurrenceGradients, Result,
+    Sequences, StepOps, Storage, Tensor,
 };
 
 use batch::{Batch, Batches};
@@ -328,12 +328,12 @@ impl Ops for Cuda {
         elementwise::rope(self, dx, (keep, scale), dy, angles, true)
     }
 
-    fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()> {
-        elementwise::swiglu_forward(self, out, gate, up)
+    fn glu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<()> {
+        elementwise::glu_forward(self, out, gate, up, activation)
     }
 
-    fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()> {
-        elementwise::swiglu_backward(self, gate, up, dout)
+    fn glu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, activation: Activation) -> Result<()> {
+        elementwise::glu_backward(self, gate, up, dout, activation)
     }
 
     fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {

@@ -1,5 +1,6 @@
 //! One block, forward and backward side by side:
-//! `x + attention(norm(x))`, then `x + down(silu(gate(h)) up(h))` with `h = norm(x)`.
+//! `x + attention(norm(x))`, then `x + down(activation(gate(h)) up(h))` with `h = norm(x)`. Gemma 3 has norms around both
+//! outputs, too.
 
 use liger_tensor::{Attention, AttentionGradients, AttentionSpec, Gemm, KeyValueCache, Ops, Sequences, Tensor};
 
@@ -53,6 +54,8 @@ struct Activations {
     low: Lows,
     /// Attention's output before o_proj, `[N, H * D]`.
     mixed: Tensor,
+    /// o_proj's output, where a norm comes after it.
+    output: Option<Tensor>,
     softmax: SoftmaxActivations,
     /// `None` for softmax attention, whose output `mixed` is.
     liger: Option<LigerActivations>,
@@ -80,6 +83,15 @@ pub(crate) struct KeptAll {
     middle: Tensor,
     gate: Tensor,
     up: Tensor,
+    /// down's output, where a norm comes after it.
+    output: Option<Tensor>,
+}
+
+/// The halves of a block, by the number of their output's norm.
+#[derive(Clone, Copy)]
+enum Half {
+    Attention,
+    FeedForward,
 }
 
 type LayerState<'a> = Option<(&'a mut KeyValueCache, &'a mut [Tensor])>;
@@ -89,7 +101,7 @@ impl Context<'_> {
     pub(crate) fn forward(&self, x: &mut Tensor, state: LayerState<'_>) -> Result<Option<Branches>> {
         let (middle, attention) = self.attention_forward(x, state, false)?;
         let (gate, up) = self.gate_up(&middle)?;
-        *x = self.down(&middle, &gate, &up)?;
+        *x = self.down(&middle, &gate, &up)?.0;
         let Mixer::Liger(mixer) = self.mixer else { return Ok(None) };
         Ok(attention.liger.map(|liger| Branches {
             layer: self.layer,
@@ -108,12 +120,12 @@ impl Context<'_> {
             liger.recurrent = None; // only the mix needed it
         }
         let (gate, up) = self.gate_up(&middle)?;
-        let out = self.down(&middle, &gate, &up)?;
+        let (out, output) = self.down(&middle, &gate, &up)?;
         let input = std::mem::replace(x, out);
         if !everything {
             return Ok(Kept::Input(input));
         }
-        Ok(Kept::All(Box::new(KeptAll { input, attention, middle, gate, up })))
+        Ok(Kept::All(Box::new(KeptAll { input, attention, middle, gate, up, output })))
     }
 
     /// `x` plus the attention's output, and what the backward needs; all that it can use again if it `trains`.
@@ -162,20 +174,44 @@ impl Context<'_> {
             }
         };
         let mixed = mixed.reshaped(&[n, config.num_heads * config.head_dim]);
-        let mut middle = ops.empty(x.shape())?;
-        linear(ops, &mut middle, &mixed, &weights.attention[Target::O as usize], Some(x))?;
+        let mut out = ops.empty(x.shape())?;
+        linear(ops, &mut out, &mixed, &weights.attention[Target::O as usize], self.addend(x))?;
         if let Some(tuning) = self.tuning {
-            tuning.forward(ops, self.layer, &mixed, &mut [(Target::O, &mut middle)], &mut low)?;
+            tuning.forward(ops, self.layer, &mixed, &mut [(Target::O, &mut out)], &mut low)?;
         }
-        let activations = Activations { normed, raw_qk, q, k, v, low, mixed, softmax, liger };
+        let (middle, output) = self.add_normed(x, out, Half::Attention)?;
+        let activations = Activations { normed, raw_qk, q, k, v, low, mixed, output, softmax, liger };
         Ok((middle, activations))
+    }
+
+    /// What the last product of a half adds its output to: `x`, where no norm comes between.
+    fn addend<'x>(&self, x: &'x Tensor) -> Option<&'x Tensor> {
+        if self.weights.output_norms.is_none() { Some(x) } else { None }
+    }
+
+    /// `x + norm(out)` and `out`, or `out` alone where there is no norm: it has `x` in it already.
+    fn add_normed(&self, x: &Tensor, out: Tensor, half: Half) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(norms) = &self.weights.output_norms else { return Ok((out, None)) };
+        let (mut normed, mut sum) = (self.ops.empty(x.shape())?, self.ops.empty(x.shape())?);
+        self.ops.rms_norm_forward(&mut normed, &out, &norms[half as usize], self.config.rms_norm_eps)?;
+        self.ops.combine(&mut sum, 1.0, x, 1.0, &normed)?;
+        Ok((sum, Some(out)))
+    }
+
+    /// The gradient of a half's output before its norm, given that of the sum; `None` where there is no norm and they are
+    /// the same.
+    fn output_gradient(&self, output: Option<&Tensor>, dx: &Tensor, half: Half) -> Result<Option<Tensor>> {
+        let (Some(norms), Some(output)) = (&self.weights.output_norms, output) else { return Ok(None) };
+        let mut doutput = self.ops.zeros(dx.shape())?;
+        self.ops.rms_norm_backward(&mut doutput, output, &norms[half as usize], self.config.rms_norm_eps, dx)?;
+        Ok(Some(doutput))
     }
 
     /// Gate and up of the feed-forward layer for `x`.
     fn gate_up(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let Self { ops, config, weights, .. } = *self;
         let mut normed = ops.empty(x.shape())?;
-        ops.rms_norm_forward(&mut normed, x, &weights.post_attention_norm, config.rms_norm_eps)?;
+        ops.rms_norm_forward(&mut normed, x, &weights.feed_forward_norm, config.rms_norm_eps)?;
         let mut gate = ops.empty(&[x.dim(0), config.intermediate_size])?;
         let mut up = ops.empty(&[x.dim(0), config.intermediate_size])?;
         linear(ops, &mut gate, &normed, &weights.gate, None)?;
@@ -183,13 +219,13 @@ impl Context<'_> {
         Ok((gate, up))
     }
 
-    /// `x` plus the feed-forward layer's output.
-    fn down(&self, x: &Tensor, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    /// `x` plus the feed-forward layer's output, and that output where a norm comes after it.
+    fn down(&self, x: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let mut inner = self.ops.empty(gate.shape())?;
-        self.ops.swiglu_forward(&mut inner, gate, up)?;
+        self.ops.glu_forward(&mut inner, gate, up, self.config.family.activation())?;
         let mut out = self.ops.empty(x.shape())?;
-        linear(self.ops, &mut out, &inner, &self.weights.down, Some(x))?;
-        Ok(out)
+        linear(self.ops, &mut out, &inner, &self.weights.down, self.addend(x))?;
+        self.add_normed(x, out, Half::FeedForward)
     }
 
     /// Given what the forward kept and the gradient `dx` of the block's output, adds to the adapter's gradients and
@@ -201,28 +237,40 @@ impl Context<'_> {
         gradients: &mut Adapter,
         input_gradient: bool,
     ) -> Result<()> {
-        let KeptAll { input, attention, middle, gate, up } = match kept {
+        let KeptAll { input, attention, middle, gate, up, output } = match kept {
             Kept::All(all) => *all,
             Kept::Input(input) => {
                 let (middle, attention) = self.attention_forward(&input, None, true)?;
                 let (gate, up) = self.gate_up(&middle)?;
-                KeptAll { input, attention, middle, gate, up }
+                let output = match &self.weights.output_norms {
+                    Some(_) => self.down(&middle, &gate, &up)?.1,
+                    None => None,
+                };
+                KeptAll { input, attention, middle, gate, up, output }
             }
         };
-        self.feed_forward_backward(&middle, dx, gate, up)?;
+        self.feed_forward_backward(&middle, dx, gate, up, output)?;
         drop(middle);
         self.attention_backward(input_gradient.then_some(&input), dx, &attention, gradients)
     }
 
-    fn feed_forward_backward(&self, x: &Tensor, dx: &mut Tensor, mut gate: Tensor, mut up: Tensor) -> Result<()> {
+    fn feed_forward_backward(
+        &self,
+        x: &Tensor,
+        dx: &mut Tensor,
+        mut gate: Tensor,
+        mut up: Tensor,
+        output: Option<Tensor>,
+    ) -> Result<()> {
         let Self { ops, config, weights, .. } = *self;
+        let doutput = self.output_gradient(output.as_ref(), dx, Half::FeedForward)?;
         let mut dinner = ops.empty(gate.shape())?;
-        ops.gemm(&mut dinner, dx, &weights.down.weight, Gemm::INPUT_GRADIENT)?;
-        ops.swiglu_backward(&mut gate, &mut up, &dinner)?;
+        ops.gemm(&mut dinner, doutput.as_ref().unwrap_or(dx), &weights.down.weight, Gemm::INPUT_GRADIENT)?;
+        ops.glu_backward(&mut gate, &mut up, &dinner, config.family.activation())?;
         let mut dnormed = ops.empty(x.shape())?;
         ops.gemm(&mut dnormed, &gate, &weights.gate.weight, Gemm::INPUT_GRADIENT)?;
         ops.gemm(&mut dnormed, &up, &weights.up.weight, Gemm::INPUT_GRADIENT.accumulated())?;
-        Ok(ops.rms_norm_backward(dx, x, &weights.post_attention_norm, config.rms_norm_eps, &dnormed)?)
+        Ok(ops.rms_norm_backward(dx, x, &weights.feed_forward_norm, config.rms_norm_eps, &dnormed)?)
     }
 
     fn attention_backward(
@@ -237,9 +285,11 @@ impl Context<'_> {
         let width = config.num_heads * config.head_dim;
         let mut dmixed = ops.empty(&[n, width])?;
         let weight = |target: Target| &weights.attention[target as usize].weight;
-        ops.gemm(&mut dmixed, dx, weight(Target::O), Gemm::INPUT_GRADIENT)?;
+        let normed_gradient = self.output_gradient(activations.output.as_ref(), dx, Half::Attention)?;
+        let doutput = normed_gradient.as_ref().unwrap_or(dx);
+        ops.gemm(&mut dmixed, doutput, weight(Target::O), Gemm::INPUT_GRADIENT)?;
         if let Some(tuning) = self.tuning {
-            let (x, dy, lows) = (&activations.mixed, &[(Target::O, &*dx)], &activations.low);
+            let (x, dy, lows) = (&activations.mixed, &[(Target::O, doutput)], &activations.low);
             tuning.backward(ops, self.layer, Some(&mut dmixed), x, dy, lows, gradients)?;
         }
         let dmixed = dmixed.reshaped(activations.q.shape());

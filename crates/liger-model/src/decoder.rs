@@ -7,7 +7,7 @@ use liger_tensor::{DType, Gemm, Ops, Sequences, Tensor};
 use crate::adapter::{Adapter, Tuning};
 use crate::attention::Mixer;
 use crate::block::{Branches, Context, Kept};
-use crate::config::{LigerConfig, ModelConfig};
+use crate::config::{LigerConfig, ModelConfig, RopeConfig};
 use crate::error::{Error, Result};
 use crate::state::State;
 use crate::weights::Weights;
@@ -19,18 +19,48 @@ pub struct Decoder {
     config: ModelConfig,
     weights: Arc<Weights>,
     mixers: Vec<Mixer>,
-    frequencies: Arc<(Vec<f64>, f64)>,
-    last_angles: Arc<Mutex<Option<Arc<Angles>>>>,
+    /// One for all layers, or a second one for those with a sliding window.
+    rotations: Arc<Vec<Rotation>>,
+    last_angles: Arc<Mutex<Option<Arc<RowAngles>>>>,
+}
+
+/// RoPE as the layers of one kind have it.
+pub(crate) struct Rotation {
+    /// Radians a token, `[D/2]`.
+    frequencies: Vec<f64>,
+    /// Of cosines and sines.
+    pub(crate) factor: f64,
+}
+
+impl Rotation {
+    fn new(rope: &RopeConfig, head_dim: usize) -> Self {
+        let (frequencies, factor) = rope.frequencies(head_dim);
+        Self { frequencies, factor }
+    }
+
+    /// The frequencies in revolutions a token, `[2, D/2]`: the float32 nearest to each, and what is missing to its float64
+    /// value.
+    pub(crate) fn revolutions(&self, ops: &dyn Ops) -> Result<Tensor> {
+        let revolutions = self.frequencies.iter().map(|radians| radians / std::f64::consts::TAU);
+        let nearest = revolutions.clone().map(|f| f as f32);
+        let missing = revolutions.map(|f| (f - f64::from(f as f32)) as f32);
+        Ok(ops.upload(nearest.chain(missing).collect(), &[2, self.frequencies.len()], DType::F32)?)
+    }
+}
+
+/// RoPE's angles of some rows, for every [`Rotation`] of the model.
+struct RowAngles {
+    sequences: Sequences,
+    of_rotations: Vec<Angles>,
 }
 
 /// RoPE's angles of some rows.
 pub(crate) struct Angles {
-    sequences: Sequences,
     /// Cosines `[N, D/2]` of the rows' positions.
     pub(crate) cos: Tensor,
     /// Sines `[N, D/2]`.
     pub(crate) sin: Tensor,
-    /// See [`Decoder::revolutions`].
+    /// See [`Rotation::revolutions`].
     pub(crate) frequencies: Arc<Tensor>,
 }
 
@@ -63,9 +93,10 @@ pub struct Pass {
 impl Decoder {
     /// Puts a model together.
     pub fn new(ops: Arc<dyn Ops>, config: ModelConfig, weights: Weights) -> Self {
-        let frequencies = Arc::new(config.rope.frequencies(config.head_dim));
+        let ropes = [Some(&config.rope), config.local_rope.as_ref()].into_iter().flatten();
+        let rotations = Arc::new(ropes.map(|rope| Rotation::new(rope, config.head_dim)).collect());
         let last_angles = Arc::default();
-        Self { ops, mixers: Mixer::of(&config), config, weights: Arc::new(weights), frequencies, last_angles }
+        Self { ops, mixers: Mixer::of(&config), config, weights: Arc::new(weights), rotations, last_angles }
     }
 
     /// The same weights with another attention: `None` for the softmax attention of the base model.
@@ -98,18 +129,9 @@ impl Decoder {
         &self.mixers
     }
 
-    /// RoPE's frequencies in revolutions a token, `[2, D/2]`: the float32 nearest to each, and what is missing to its float64
-    /// value.
-    pub(crate) fn revolutions(&self) -> Result<Tensor> {
-        let revolutions = self.frequencies.0.iter().map(|radians| radians / std::f64::consts::TAU);
-        let nearest = revolutions.clone().map(|f| f as f32);
-        let missing = revolutions.map(|f| (f - f64::from(f as f32)) as f32);
-        Ok(self.ops.upload(nearest.chain(missing).collect(), &[2, self.frequencies.0.len()], DType::F32)?)
-    }
-
-    /// RoPE's frequencies, and the factor of cosines and sines.
-    pub(crate) fn frequencies(&self) -> &(Vec<f64>, f64) {
-        &self.frequencies
+    /// RoPE of the layers: that of all but the sliding ones first.
+    pub(crate) fn rotations(&self) -> &[Rotation] {
+        &self.rotations
     }
 
     /// A fresh decoding state for `slots` texts.
@@ -127,12 +149,28 @@ impl Decoder {
     }
 
     /// The angles of every row. Training steps and the models that share weights ask for the same ones again and again.
-    fn angles(&self, sequences: &Sequences) -> Result<Arc<Angles>> {
+    fn angles(&self, sequences: &Sequences) -> Result<Arc<RowAngles>> {
         let mut last = self.last_angles.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(angles) = last.as_ref().filter(|angles| angles.sequences == *sequences) {
             return Ok(angles.clone());
         }
-        let (frequencies, factor) = &*self.frequencies;
+        let mut of_rotations = Vec::with_capacity(self.rotations.len());
+        for (i, rotation) in self.rotations.iter().enumerate() {
+            // The same for all rows: uploaded once.
+            let frequencies = match last.as_ref() {
+                Some(angles) => angles.of_rotations[i].frequencies.clone(),
+                None => Arc::new(rotation.revolutions(&*self.ops)?),
+            };
+            let (cos, sin) = self.turn(rotation, sequences)?;
+            of_rotations.push(Angles { cos, sin, frequencies });
+        }
+        let angles = Arc::new(RowAngles { sequences: sequences.clone(), of_rotations });
+        *last = Some(angles.clone());
+        Ok(angles)
+    }
+
+    /// Cosines and sines of the rows.
+    fn turn(&self, Rotation { frequencies, factor }: &Rotation, sequences: &Sequences) -> Result<(Tensor, Tensor)> {
         let shape = [sequences.rows(), frequencies.len()];
         let mut cos = Vec::with_capacity(shape[0] * shape[1]);
         let mut sin = Vec::with_capacity(shape[0] * shape[1]);
@@ -144,15 +182,7 @@ impl Decoder {
             }
         }
         let upload = |values| self.ops.upload(values, &shape, DType::F32);
-        // The same for all rows: uploaded once.
-        let frequencies = match last.as_ref() {
-            Some(angles) => angles.frequencies.clone(),
-            None => Arc::new(self.revolutions()?),
-        };
-        let (cos, sin) = (upload(cos)?, upload(sin)?);
-        let angles = Arc::new(Angles { sequences: sequences.clone(), cos, sin, frequencies });
-        *last = Some(angles.clone());
-        Ok(angles)
+        Ok((upload(cos)?, upload(sin)?))
     }
 
     fn context<'a>(
@@ -160,8 +190,10 @@ impl Decoder {
         layer: usize,
         tuning: Option<Tuning<'a>>,
         sequences: &'a Sequences,
-        angles: &'a Angles,
+        angles: &'a RowAngles,
     ) -> Context<'a> {
+        let is_local = self.config.local_rope.is_some() && self.config.sliding_windows[layer].is_some();
+        let angles = &angles.of_rotations[usize::from(is_local)];
         let (weights, mixer) = (&self.weights.blocks[layer], &self.mixers[layer]);
         Context { ops: &*self.ops, config: &self.config, weights, mixer, layer, tuning, sequences, angles }
     }
@@ -172,7 +204,10 @@ impl Decoder {
         }
         let mut x = self.ops.empty(&[ids.len(), self.config.hidden_size])?;
         self.ops.embedding(&mut x, &self.weights.embedding, ids)?;
-        Ok(x)
+        let Some(scale) = self.config.embedding_scale() else { return Ok(x) };
+        let mut scaled = self.ops.empty(x.shape())?;
+        self.ops.axpby(&mut scaled, scale, &x, 0.0)?;
+        Ok(scaled)
     }
 
     fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
@@ -299,11 +334,12 @@ impl Decoder {
         let c = &self.config;
         let (d, q, kv) = (c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let size = self.ops.activations().bytes(1);
-        // Input, norm and residual; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up;
+        // Input, norm and residual, and both halves' outputs where those have norms; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up;
         // gates and the window's statistics in float32.
         // One state of every head for 64 tokens.
         let states = kv * c.head_dim * 4 / 64;
-        let whole = (3 * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * (kv + c.num_heads) + states;
+        let residuals = if c.family.has_output_norms() { 5 } else { 3 };
+        let whole = (residuals * d + 5 * q + 4 * kv + 2 * c.intermediate_size) * size + 4 * (kv + c.num_heads) + states;
         let layer = if recompute == Recompute::None { whole } else { d * size };
         (layer * c.num_layers + whole + 4 * d * size) * tokens
     }

@@ -41,6 +41,7 @@ impl ModelConfig {
             max_position_embeddings: context,
             rms_norm_eps: 1e-5,
             rope: RopeConfig { theta, scaling: RopeScaling::Default },
+            local_rope: None,
             tie_word_embeddings: name != "llama-3-8b",
             sliding_windows: vec![None; num_layers],
             bos_token_id: Some(0),

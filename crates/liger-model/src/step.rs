@@ -11,6 +11,7 @@ use liger_tensor::{
 
 use crate::adapter::{Adapter, Target};
 use crate::attention::{Form, GateSource, Liger, Mixer};
+use crate::config::Family;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::state::{LayerState, State};
@@ -101,9 +102,12 @@ impl Decoder {
         Ok(Some((steps, state.steps.len() - 1)))
     }
 
-    /// Settings of every layer, if all are Liger Attention.
+    /// Settings of every layer, if all are Liger Attention in a block of the plain kind.
     fn step_specs(&self) -> Option<Vec<StepSpec>> {
         let config = self.config();
+        if config.family == Family::Gemma3 {
+            return None;
+        }
         // The kernel makes the gate of the key alone.
         let is_plain = |liger: &Liger| matches!(liger.gate, GateSource::Key | GateSource::None);
         let spec = |liger: &Liger| StepSpec {
@@ -118,7 +122,7 @@ impl Decoder {
             },
             alpha: liger.alpha,
             beta: liger.beta,
-            rope_factor: self.frequencies().1 as f32,
+            rope_factor: self.rotations()[0].factor as f32,
             epsilon: config.rms_norm_eps,
         };
         let specs = self
@@ -151,7 +155,7 @@ impl Steps {
             specs,
             epsilon: config.rms_norm_eps,
             tokens: steps.tokens(most)?,
-            frequencies: decoder.revolutions()?,
+            frequencies: decoder.rotations()[0].revolutions(ops)?,
             x: ops.empty(&[most, config.hidden_size])?,
             q: heads(config.num_heads)?,
             k: heads(config.num_kv_heads)?,
@@ -214,7 +218,7 @@ impl Steps {
             let step = LigerStep { spec: *spec, qkv: [q, k, v], head_norms, frequencies, cache, states: recurrent };
             steps.liger(mixed, step, tokens)?;
             add(x, mixed, &block.attention[Target::O as usize])?;
-            let norm = (&block.post_attention_norm, epsilon);
+            let norm = (&block.feed_forward_norm, epsilon);
             steps.swiglu(inner, x, norm, &block.gate.weight, &block.up.weight)?;
             add(x, inner, &block.down)?;
         }

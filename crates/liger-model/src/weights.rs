@@ -2,7 +2,7 @@
 
 use liger_tensor::{DType, Ops, Tensor};
 
-use crate::config::{Family, ModelConfig};
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 
 /// Named tensors of a checkpoint, under Hugging Face's names.
@@ -21,6 +21,10 @@ pub trait TensorSource {
     fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
         Ok(ops.upload(self.read(name)?, shape, dtype.unwrap_or(DType::F32))?)
     }
+    /// Whether norms are as the formulas have them, whatever Hugging Face's files of the family hold.
+    fn has_plain_norms(&self) -> bool {
+        false
+    }
     /// An error about this checkpoint.
     fn error(&self, problem: String) -> Error;
 }
@@ -38,10 +42,12 @@ pub(crate) struct Linear {
 #[derive(Debug)]
 pub(crate) struct BlockWeights {
     pub(crate) input_norm: Tensor,
-    pub(crate) post_attention_norm: Tensor,
+    pub(crate) feed_forward_norm: Tensor,
+    /// Norms on the outputs of attention and feed-forward layer (Gemma 3).
+    pub(crate) output_norms: Option<[Tensor; 2]>,
     /// q, k, v, o in the order of [`Target::ALL`](crate::Target::ALL).
     pub(crate) attention: [Linear; 4],
-    /// Norms on the heads of q and k (Qwen3).
+    /// Norms on the heads of q and k (Qwen3, Gemma 3).
     pub(crate) head_norms: Option<[Tensor; 2]>,
     pub(crate) gate: Linear,
     pub(crate) up: Linear,
@@ -58,6 +64,18 @@ pub struct Weights {
     pub(crate) lm_head: Option<Tensor>,
 }
 
+/// Names of a block's norms: before attention and feed-forward layer, and those on their outputs. What most families call
+/// post-attention comes after attention's output was added, in Gemma before.
+fn norm_names(has_output_norms: bool) -> ([&'static str; 2], Option<[&'static str; 2]>) {
+    match has_output_norms {
+        false => (["input_layernorm", "post_attention_layernorm"], None),
+        true => (
+            ["input_layernorm", "pre_feedforward_layernorm"],
+            Some(["post_attention_layernorm", "post_feedforward_layernorm"]),
+        ),
+    }
+}
+
 /// Name and shape of every tensor that a model of this configuration has; biases of q, k, v, o may be absent in some
 /// families and are not listed.
 pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
@@ -66,12 +84,14 @@ pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)
     let mut list = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, d])];
     for layer in 0..config.num_layers {
         let mut add = |name: &str, shape: &[usize]| list.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
-        add("input_layernorm.weight", &[d]);
-        add("post_attention_layernorm.weight", &[d]);
+        let (before, after) = norm_names(config.family.has_output_norms());
+        for name in before.into_iter().chain(after.into_iter().flatten()) {
+            add(&format!("{name}.weight"), &[d]);
+        }
         for (name, out, input) in [("q", q, d), ("k", kv, d), ("v", kv, d), ("o", d, q)] {
             add(&format!("self_attn.{name}_proj.weight"), &[out, input]);
         }
-        if config.family == Family::Qwen3 {
+        if config.family.has_head_norms() {
             add("self_attn.q_norm.weight", &[config.head_dim]);
             add("self_attn.k_norm.weight", &[config.head_dim]);
         }
@@ -117,18 +137,29 @@ impl Weights {
             };
             Ok(Linear { weight, bias })
         };
+        let offset = if source.has_plain_norms() { 0.0 } else { config.family.norm_offset() };
+        let load_norm = |name: &str| -> Result<Tensor> {
+            let values: Vec<f32> = source.read(name)?.iter().map(|x| x + offset).collect();
+            let length = values.len();
+            Ok(ops.upload(values, &[length], DType::F32)?)
+        };
+        let (before, after) = norm_names(config.family.has_output_norms());
         let mut blocks = Vec::with_capacity(config.num_layers);
         for layer in 0..config.num_layers {
             let p = format!("model.layers.{layer}");
-            let norm = |name: &str| tensor(&format!("{p}.{name}.weight"), Some(DType::F32));
+            let norm = |name: &str| load_norm(&format!("{p}.{name}.weight"));
             let projection = |name: &str| linear(&format!("{p}.self_attn.{name}_proj"));
             blocks.push(BlockWeights {
-                input_norm: norm("input_layernorm")?,
-                post_attention_norm: norm("post_attention_layernorm")?,
+                input_norm: norm(before[0])?,
+                feed_forward_norm: norm(before[1])?,
+                output_norms: match after {
+                    Some([attention, feed_forward]) => Some([norm(attention)?, norm(feed_forward)?]),
+                    None => None,
+                },
                 attention: [projection("q")?, projection("k")?, projection("v")?, projection("o")?],
-                head_norms: match config.family {
-                    Family::Qwen3 => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
-                    _ => None,
+                head_norms: match config.family.has_head_norms() {
+                    true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+                    false => None,
                 },
                 gate: linear(&format!("{p}.mlp.gate_proj"))?,
                 up: linear(&format!("{p}.mlp.up_proj"))?,
@@ -138,7 +169,7 @@ impl Weights {
         Ok(Self {
             embedding: tensor("model.embed_tokens.weight", dtype)?,
             blocks,
-            final_norm: tensor("model.norm.weight", Some(DType::F32))?,
+            final_norm: load_norm("model.norm.weight")?,
             lm_head: match config.tie_word_embeddings {
                 true => None,
                 false => Some(tensor("lm_head.weight", dtype)?),
@@ -165,8 +196,10 @@ impl Weights {
                 list.extend(weight.map(|name| (name, &l.weight)));
                 list.extend(bias.zip(l.bias.as_ref()));
             }
-            list.push((format!("{p}.input_layernorm.weight"), &block.input_norm));
-            list.push((format!("{p}.post_attention_layernorm.weight"), &block.post_attention_norm));
+            let (before, after) = norm_names(block.output_norms.is_some());
+            let norms = before.into_iter().zip([&block.input_norm, &block.feed_forward_norm]);
+            let output_norms = after.into_iter().flatten().zip(block.output_norms.iter().flatten());
+            list.extend(norms.chain(output_norms).map(|(name, norm)| (format!("{p}.{name}.weight"), norm)));
             if let Some([q, k]) = &block.head_norms {
                 list.push((format!("{p}.self_attn.q_norm.weight"), q));
                 list.push((format!("{p}.self_attn.k_norm.weight"), k));

@@ -38,6 +38,26 @@ impl Gemm {
     }
 }
 
+/// What the gate of a feed-forward layer goes through: `x sigmoid(a x + b x^3)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// GELU by its hyperbolic tangent, `x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))`.
+    GeluTanh,
+}
+
+impl Activation {
+    /// a and b of the formula.
+    pub fn coefficients(self) -> [f32; 2] {
+        const TWICE: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::SQRT_2;
+        match self {
+            Self::Silu => [1.0, 0.0],
+            Self::GeluTanh => [TWICE as f32, (0.044_715 * TWICE) as f32],
+        }
+    }
+}
+
 /// Which axis of the recurrent state `[Dk, Dv]` the gate decays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GateAxis {
@@ -251,10 +271,10 @@ pub trait Ops: Send + Sync {
         dy: &Tensor,
         angles: (&Tensor, &Tensor),
     ) -> Result<()>;
-    /// `silu(gate) up`.
-    fn swiglu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor) -> Result<()>;
+    /// `activation(gate) up`.
+    fn glu_forward(&self, out: &mut Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<()>;
     /// Overwrites `gate` and `up` by their gradients.
-    fn swiglu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor) -> Result<()>;
+    fn glu_backward(&self, gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, activation: Activation) -> Result<()>;
     /// Rows `ids` of `table [V, d]` as float32 `[N, d]`.
     fn embedding(&self, out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()>;
     /// Inverted dropout: zero with probability `p`, else `x / (1 - p)`; the same `seed` gives the same mask.

@@ -1,7 +1,7 @@
 //! Products, norms, RoPE, SwiGLU, feature maps, losses and the optimizer.
 
 use liger_tensor::{
-    AdamwParameter, AdamwStep, DType, Draw, FeatureGradients, FeatureMap, FeatureSpec, Features, Gate, Gemm,
+    Activation, AdamwParameter, AdamwStep, DType, Draw, FeatureGradients, FeatureMap, FeatureSpec, Features, Gate, Gemm,
 };
 
 use crate::plain::{gradient, log_sigmoid, matmul, mean, sigmoid, softmax, transpose};
@@ -133,14 +133,20 @@ fn norms_and_activations(c: &Check<'_>) {
         c.close(&format!("rms_norm_backward {n} {d}"), &dx, &expected);
 
         let (gate, up) = (x, numbers.normal(n * d));
-        let swiglu = |g: &[f64], u: &[f64]| -> Vec<f64> { g.iter().zip(u).map(|(g, u)| g * sigmoid(*g) * u).collect() };
-        let (mut gt, mut ut) = (c.tensor(&gate, &[n, d]), c.tensor(&up, &[n, d]));
-        let mut out = c.poisoned(&[n, d]);
-        c.ops.swiglu_forward(&mut out, &gt, &ut).expect("swiglu_forward");
-        c.close("swiglu_forward", &out, &swiglu(&gate, &up));
-        c.ops.swiglu_backward(&mut gt, &mut ut, &c.tensor(&dy, &[n, d])).expect("swiglu_backward");
-        c.close("swiglu_backward gate", &gt, &gradient(&gate, &dy, |g| swiglu(g, &up)));
-        c.close("swiglu_backward up", &ut, &gradient(&up, &dy, |u| swiglu(&gate, u)));
+        let gelu = |x: f64| 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh());
+        let silu = |x: f64| x * sigmoid(x);
+        let activations: [(Activation, &dyn Fn(f64) -> f64); 2] =
+            [(Activation::Silu, &silu), (Activation::GeluTanh, &gelu)];
+        for (activation, plain) in activations {
+            let glu = |g: &[f64], u: &[f64]| -> Vec<f64> { g.iter().zip(u).map(|(g, u)| plain(*g) * u).collect() };
+            let (mut gt, mut ut) = (c.tensor(&gate, &[n, d]), c.tensor(&up, &[n, d]));
+            let mut out = c.poisoned(&[n, d]);
+            c.ops.glu_forward(&mut out, &gt, &ut, activation).expect("glu_forward");
+            c.close(&format!("glu_forward {activation:?}"), &out, &glu(&gate, &up));
+            c.ops.glu_backward(&mut gt, &mut ut, &c.tensor(&dy, &[n, d]), activation).expect("glu_backward");
+            c.close(&format!("glu_backward {activation:?} gate"), &gt, &gradient(&gate, &dy, |g| glu(g, &up)));
+            c.close(&format!("glu_backward {activation:?} up"), &ut, &gradient(&up, &dy, |u| glu(&gate, u)));
+        }
 
         let soft = |x: &[f64]| -> Vec<f64> { x.chunks(d).flat_map(softmax).collect() };
         let mut y = c.tensor(&gate, &[n, d]);

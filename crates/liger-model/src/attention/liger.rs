@@ -78,10 +78,10 @@ impl Branch {
 }
 
 impl Liger {
-    pub(crate) fn new(liger: &LigerConfig, config: &ModelConfig) -> Self {
+    pub(crate) fn new(liger: &LigerConfig, config: &ModelConfig, layer: usize) -> Self {
         let &LigerConfig { window, sinks, structure, gate, .. } = liger;
-        // No key is farther from a query than the base model has seen: the window is up to two stretches long.
-        let reach = config.max_position_embeddings.saturating_sub(2 * window);
+        // No key is farther from a query than the layer has seen: the window is up to two stretches long.
+        let reach = config.trained_reach(layer).saturating_sub(2 * window);
         let kept = liger.kept();
         let reach = (kept > 0).then_some(reach);
         Self {

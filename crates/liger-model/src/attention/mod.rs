@@ -30,7 +30,7 @@ impl Mixer {
         };
         (0..config.num_layers)
             .map(|layer| match &config.liger {
-                Some(liger) if !liger.softmax_layers.contains(&layer) => Self::Liger(Liger::new(liger, config)),
+                Some(liger) if !liger.softmax_layers.contains(&layer) => Self::Liger(Liger::new(liger, config, layer)),
                 _ => softmax(layer),
             })
             .collect()

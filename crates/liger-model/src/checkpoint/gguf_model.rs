@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::gguf::{Directory, MetadataValue};
 use super::gguf_blocks::BlockType;
-use crate::config::{Family, ModelConfig, RopeConfig, RopeScaling};
+use crate::config::{Family, GEMMA_PATTERN, LOCAL_THETA, ModelConfig, RopeConfig, RopeScaling};
 use crate::error::{Error, Result, io};
 use crate::tokenizer::Tokenizer;
 use crate::weights::{TensorSource, expected_tensors};
@@ -20,11 +20,15 @@ pub(crate) struct GgufSource {
     directory: Directory,
     /// llama.cpp stores the rows of q and k of the llama architecture with the halves of each head interleaved.
     permuted_heads: Option<(usize, usize)>,
+    family: Family,
 }
 
 /// Architecture of this program's own files, and what they hold as texts: `config.json`, `tokenizer.json` and
 /// `tokenizer_config.json`.
 pub(crate) const ARCHITECTURE: &str = "liger";
+/// Architectures of llama.cpp that can be read.
+const FAMILIES: [(&str, Family); 4] =
+    [("llama", Family::Llama), ("qwen2", Family::Qwen2), ("qwen3", Family::Qwen3), ("gemma3", Family::Gemma3)];
 pub(crate) const CONFIG: &str = "liger.config";
 pub(crate) const TOKENIZER: &str = "tokenizer.huggingface.json";
 pub(crate) const TOKENIZER_CONFIG: &str = "liger.tokenizer_config";
@@ -33,9 +37,10 @@ pub(crate) fn open(path: &Path) -> Result<(GgufSource, ModelConfig, Map<String, 
     let file = File::open(path).map_err(io(path, "read"))?;
     let length = file.metadata().map_err(io(path, "read"))?.len();
     let directory = Directory::read(BufReader::new(file), length, path)?;
-    let mut source = GgufSource { path: path.to_owned(), directory, permuted_heads: None };
+    let mut source = GgufSource { path: path.to_owned(), directory, permuted_heads: None, family: Family::Llama };
     let is_own = source.text("general.architecture") == Some(ARCHITECTURE);
     let (config, config_json, tokenizer) = if is_own { source.own()? } else { source.foreign()? };
+    source.family = config.family;
     if config.family == Family::Llama && !is_own {
         source.permuted_heads = Some((config.num_heads, config.num_kv_heads));
     }
@@ -121,9 +126,9 @@ impl GgufSource {
 
     fn config(&self) -> Result<ModelConfig> {
         let architecture = self.value("general.architecture").and_then(MetadataValue::as_text).unwrap_or("nothing");
-        let family = Family::from_name(architecture).filter(|f| *f != Family::Mistral).ok_or_else(|| {
-            let found = format!("`{architecture}`");
-            Error::field(&self.path, "general.architecture", found, "llama, qwen2, qwen3 or liger")
+        let (_, family) = FAMILIES.into_iter().find(|(name, _)| *name == architecture).ok_or_else(|| {
+            let (found, known) = (format!("`{architecture}`"), FAMILIES.map(|(name, _)| name).join(", "));
+            Error::field(&self.path, "general.architecture", found, format!("{known} or {ARCHITECTURE}"))
         })?;
         let key = |name: &str| format!("{architecture}.{name}");
         let embedding = self.directory.tensors.get("token_embd.weight");
@@ -148,6 +153,8 @@ impl GgufSource {
         let mut eos: Vec<u32> = ["eos", "eot"].into_iter().filter_map(id).collect();
         eos.dedup();
         let window = self.size(&key("attention.sliding_window"))?;
+        let is_gemma = family == Family::Gemma3;
+        let local_theta = || self.float(&key("rope.freq_base_swa")).unwrap_or(LOCAL_THETA);
         Ok(ModelConfig {
             family,
             vocab_size,
@@ -164,7 +171,10 @@ impl GgufSource {
                 scaling: self.rope_scaling(&key, context, head_dim)?,
             },
             tie_word_embeddings: !self.directory.tensors.contains_key("output.weight"),
-            sliding_windows: vec![window; num_layers],
+            local_rope: is_gemma.then(|| RopeConfig { theta: local_theta(), scaling: RopeScaling::Default }),
+            sliding_windows: (1..=num_layers)
+                .map(|n| window.filter(|_| !is_gemma || !n.is_multiple_of(GEMMA_PATTERN)))
+                .collect(),
             bos_token_id: id("bos"),
             eos_token_ids: eos,
             liger: None,
@@ -220,7 +230,7 @@ impl GgufSource {
     }
 
     fn ggml_name(&self, name: &str) -> Result<String> {
-        ggml_name(name).ok_or_else(|| self.error(format!("GGUF has no name for `{name}`")))
+        ggml_name(name, self.family).ok_or_else(|| self.error(format!("GGUF has no name for `{name}`")))
     }
 
     /// Heads of a tensor whose rows are interleaved.
@@ -235,7 +245,7 @@ impl GgufSource {
 }
 
 /// ggml's name of a tensor.
-pub(crate) fn ggml_name(name: &str) -> Option<String> {
+pub(crate) fn ggml_name(name: &str, family: Family) -> Option<String> {
     let (stem, kind) = name.rsplit_once('.')?;
     let stem = match stem {
         "model.embed_tokens" => "token_embd".to_owned(),
@@ -245,7 +255,9 @@ pub(crate) fn ggml_name(name: &str) -> Option<String> {
             let (layer, part) = other.strip_prefix("model.layers.")?.split_once('.')?;
             let part = match part {
                 "input_layernorm" => "attn_norm",
-                "post_attention_layernorm" => "ffn_norm",
+                "post_attention_layernorm" if family.has_output_norms() => "post_attention_norm",
+                "post_attention_layernorm" | "pre_feedforward_layernorm" => "ffn_norm",
+                "post_feedforward_layernorm" => "post_ffw_norm",
                 "self_attn.q_proj" => "attn_q",
                 "self_attn.k_proj" => "attn_k",
                 "self_attn.v_proj" => "attn_v",
@@ -280,7 +292,7 @@ fn unpermute<T: Copy>(rows: &[T], heads: usize, width: usize) -> Vec<T> {
 
 impl TensorSource for GgufSource {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        self.directory.tensors.get(&ggml_name(name)?).map(|t| t.shape.clone())
+        self.directory.tensors.get(&ggml_name(name, self.family)?).map(|t| t.shape.clone())
     }
 
     fn read(&self, name: &str) -> Result<Vec<f32>> {
@@ -306,6 +318,10 @@ impl TensorSource for GgufSource {
         }
         let stored = self.directory.tensors.get(&self.ggml_name(name)?).and_then(|entry| entry.block.stored());
         Ok(ops.upload(self.read(name)?, shape, dtype.or(stored).unwrap_or(DType::F32))?)
+    }
+
+    fn has_plain_norms(&self) -> bool {
+        true
     }
 
     fn error(&self, problem: String) -> Error {

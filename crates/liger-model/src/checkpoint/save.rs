@@ -29,6 +29,8 @@ struct Lazy<'a> {
     dtype: DType,
     /// Low-rank product to add: B, A and its scale.
     fused: Option<(&'a Tensor, &'a Tensor, f32)>,
+    /// What the file holds less.
+    offset: f32,
     ops: &'a dyn Ops,
     failed: &'a std::cell::RefCell<Option<liger_tensor::Error>>,
 }
@@ -40,6 +42,9 @@ impl Lazy<'_> {
             let mut sum = self.ops.upload(values, self.tensor.shape(), DType::F32)?;
             self.ops.gemm(&mut sum, b, a, Gemm::INPUT_GRADIENT.accumulated().scaled(scale))?;
             values = self.ops.download(&sum)?;
+        }
+        if self.offset != 0.0 {
+            values.iter_mut().for_each(|x| *x -= self.offset);
         }
         Ok(values)
     }
@@ -112,7 +117,10 @@ pub fn save_model(
         .into_iter()
         .map(|(name, tensor)| {
             let fused = adapter.and_then(|adapter| fused(adapter, &name));
-            (name, Lazy { tensor, dtype, fused, ops, failed: &failed })
+            // Vectors that are no biases are norms.
+            let is_norm = tensor.shape().len() == 1 && !name.ends_with(".bias");
+            let offset = if is_norm { config.family.norm_offset() } else { 0.0 };
+            (name, Lazy { tensor, dtype, fused, offset, ops, failed: &failed })
         })
         .collect();
     let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);

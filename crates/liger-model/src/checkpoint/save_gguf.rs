@@ -35,7 +35,8 @@ pub fn save_gguf(path: &Path, decoder: &Decoder, origin: &Checkpoint, dtype: DTy
 
     let mut tensors: Vec<(String, &Tensor, BlockType)> = Vec::new();
     for (name, tensor) in decoder.weights().named() {
-        let ggml = ggml_name(&name).ok_or_else(|| Error::Refused(format!("GGUF has no name for `{name}`")))?;
+        let ggml =
+            ggml_name(&name, config.family).ok_or_else(|| Error::Refused(format!("GGUF has no name for `{name}`")))?;
         let block = match (tensor.shape().len(), dtype) {
             (2, DType::Q8_0) => BlockType::Q8_0,
             (2, DType::Q4_1) => BlockType::Q4_1,

@@ -5,15 +5,17 @@ mod rope;
 
 use std::path::Path;
 
+use liger_tensor::Activation;
 use serde_json::{Map, Value, json};
 
 pub use liger::LigerConfig;
+pub(crate) use rope::LOCAL_THETA;
 pub use rope::{RopeConfig, RopeScaling};
 
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 
-/// The families of models that can be read; they differ in biases, head norms and windows.
+/// The families of models that can be read; they differ in biases, norms, windows and what goes with them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// Llama 2, 3, SmolLM2 and their kin.
@@ -24,9 +26,13 @@ pub enum Family {
     Qwen2,
     /// Qwen3: norms on the heads of q and k.
     Qwen3,
+    /// Gemma 3, text alone: norms also on the outputs of a block's halves, GELU, a sliding window in five layers of six.
+    Gemma3,
 }
 
 impl Family {
+    const ALL: [Self; 5] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3, Self::Gemma3];
+
     /// `model_type` of Hugging Face.
     pub fn name(self) -> &'static str {
         match self {
@@ -34,12 +40,33 @@ impl Family {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::Gemma3 => "gemma3_text",
         }
     }
 
     /// The family of a `model_type`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3].into_iter().find(|f| f.name() == name)
+        Self::ALL.into_iter().find(|f| f.name() == name)
+    }
+
+    /// Of the feed-forward layer's gate.
+    pub fn activation(self) -> Activation {
+        if self == Self::Gemma3 { Activation::GeluTanh } else { Activation::Silu }
+    }
+
+    /// Whether the heads of q and k have norms.
+    pub(crate) fn has_head_norms(self) -> bool {
+        matches!(self, Self::Qwen3 | Self::Gemma3)
+    }
+
+    /// Whether the outputs of attention and feed-forward layer have norms before they are added.
+    pub(crate) fn has_output_norms(self) -> bool {
+        self == Self::Gemma3
+    }
+
+    /// What Hugging Face's files hold less than a norm's weight.
+    pub(crate) fn norm_offset(self) -> f32 {
+        if self == Self::Gemma3 { 1.0 } else { 0.0 }
     }
 }
 
@@ -68,6 +95,8 @@ pub struct ModelConfig {
     pub rms_norm_eps: f32,
     /// Rotary position embedding.
     pub rope: RopeConfig,
+    /// That of layers with a sliding window, where it is another one.
+    pub local_rope: Option<RopeConfig>,
     /// Whether the output layer is the embedding table.
     pub tie_word_embeddings: bool,
     /// Sliding window of each softmax layer.
@@ -118,13 +147,14 @@ impl ModelConfig {
         let family = match authors {
             Some((_, family, _)) => *family,
             None => Family::from_name(&model_type).ok_or_else(|| {
-                let known = "llama, mistral, qwen2, qwen3 (or one of the Liger authors' types)";
-                Error::field(path, "model_type", format!("`{model_type}`"), known)
+                let known = Family::ALL.map(Family::name).join(", ");
+                let expected = format!("{known} (or one of the Liger authors' types)");
+                Error::field(path, "model_type", format!("`{model_type}`"), expected)
             })?,
         };
-        let activation = f.optional_text("hidden_act")?.unwrap_or_else(|| "silu".into());
-        if activation != "silu" {
-            return Err(Error::field(path, "hidden_act", format!("`{activation}`"), "`silu`"));
+        let (field, expected) = activation_field(family);
+        if let Some(activation) = f.optional_text(field)?.filter(|activation| activation != expected) {
+            return Err(Error::field(path, field, format!("`{activation}`"), format!("`{expected}`")));
         }
         let num_heads = f.size("num_attention_heads")?;
         let hidden_size = f.size("hidden_size")?;
@@ -142,6 +172,10 @@ impl ModelConfig {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(Error::field(path, "head_dim", head_dim, "an even number"));
         }
+        if family == Family::Gemma3 {
+            check_gemma(&f, head_dim)?;
+        }
+        let (rope, local_rope) = RopeConfig::of_family(&f, family, max_position_embeddings)?;
         let liger = match (authors, object.get("liger")) {
             (Some((_, _, structure)), _) => Some(LigerConfig::authors(structure, AUTHORS_WINDOW, path)?),
             (None, None | Some(Value::Null)) => None,
@@ -158,8 +192,10 @@ impl ModelConfig {
             head_dim,
             max_position_embeddings,
             rms_norm_eps: f.optional_float("rms_norm_eps")?.unwrap_or(1e-6) as f32,
-            rope: RopeConfig::from_fields(&f, max_position_embeddings)?,
-            tie_word_embeddings: f.optional_bool("tie_word_embeddings")?.unwrap_or(false),
+            rope,
+            local_rope,
+            // Gemma's exports leave the word out.
+            tie_word_embeddings: f.optional_bool("tie_word_embeddings")?.unwrap_or(family == Family::Gemma3),
             sliding_windows: sliding_windows(&f, family, num_layers)?,
             bos_token_id: f.token_ids("bos_token_id")?.first().copied(),
             eos_token_ids: f.token_ids("eos_token_id")?,
@@ -174,6 +210,7 @@ impl ModelConfig {
             Family::Mistral => "MistralForCausalLM",
             Family::Qwen2 => "Qwen2ForCausalLM",
             Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Gemma3 => "Gemma3ForCausalLM",
         };
         let mut json = json!({
             "architectures": [architecture],
@@ -187,7 +224,6 @@ impl ModelConfig {
             "head_dim": self.head_dim,
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": round_trip(self.rms_norm_eps),
-            "hidden_act": "silu",
             "tie_word_embeddings": self.tie_word_embeddings,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": match self.eos_token_ids[..] {
@@ -197,7 +233,13 @@ impl ModelConfig {
             },
         });
         if let Value::Object(object) = &mut json {
+            let (field, activation) = activation_field(self.family);
+            object.insert(field.into(), json!(activation));
             self.rope.write(object);
+            if let Some(local) = &self.local_rope {
+                object.insert("rope_local_base_freq".into(), json!(local.theta));
+                object.insert("query_pre_attn_scalar".into(), json!(self.head_dim));
+            }
             if let Some(window) = self.sliding_windows.iter().flatten().next() {
                 object.insert("sliding_window".into(), json!(window));
                 let types: Vec<_> = self.sliding_windows.iter().map(|w| layer_type(w.is_some())).collect();
@@ -235,12 +277,29 @@ impl ModelConfig {
         Ok(model_type)
     }
 
+    /// What rows of the embedding table are multiplied by.
+    pub(crate) fn embedding_scale(&self) -> Option<f32> {
+        (self.family == Family::Gemma3).then(|| (self.hidden_size as f32).sqrt())
+    }
+
+    /// Tokens back from a query to the farthest key that a layer was trained to see.
+    pub fn trained_reach(&self, layer: usize) -> usize {
+        self.sliding_windows[layer].map_or(self.max_position_embeddings, |w| w.min(self.max_position_embeddings))
+    }
+
+    /// Layers whose own window bounds their memory, in a model that has others: they can stay as they are.
+    pub fn bounded_layers(&self) -> Vec<usize> {
+        let bounded: Vec<usize> = (0..self.num_layers).filter(|&layer| self.sliding_windows[layer].is_some()).collect();
+        if bounded.len() < self.num_layers { bounded } else { Vec::new() }
+    }
+
     /// Weights outside the embedding and output layers, plus those that a token is multiplied by there.
     pub fn parameter_count(&self) -> usize {
         let (d, ff) = (self.hidden_size, self.intermediate_size);
         let attention = 2 * d * self.num_heads * self.head_dim + 2 * d * self.num_kv_heads * self.head_dim;
         let tables = if self.tie_word_embeddings { 1 } else { 2 };
-        self.num_layers * (attention + 3 * d * ff + 2 * d) + d + tables * self.vocab_size * d
+        let norms = if self.family.has_output_norms() { 4 } else { 2 };
+        self.num_layers * (attention + 3 * d * ff + norms * d) + d + tables * self.vocab_size * d
     }
 }
 
@@ -253,13 +312,43 @@ fn layer_type(sliding: bool) -> &'static str {
     if sliding { "sliding_attention" } else { "full_attention" }
 }
 
-/// Mistral's window is obeyed, Qwen's only with `use_sliding_window` and from layer `max_window_layers` on; newer
+/// Field and value of the activation.
+fn activation_field(family: Family) -> (&'static str, &'static str) {
+    match family.activation() {
+        Activation::Silu => ("hidden_act", "silu"),
+        Activation::GeluTanh => ("hidden_activation", "gelu_pytorch_tanh"),
+    }
+}
+
+/// What larger or older Gemmas have and this program does not.
+fn check_gemma(f: &Fields<'_>, head_dim: usize) -> Result<()> {
+    if let Some(scalar) = f.positive("query_pre_attn_scalar")?.filter(|&scalar| scalar != head_dim as f64) {
+        return Err(Error::field(f.path(), "query_pre_attn_scalar", scalar, format!("head_dim, {head_dim}")));
+    }
+    for field in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if let Some(cap) = f.optional_float(field)? {
+            return Err(Error::field(f.path(), field, cap, "null"));
+        }
+    }
+    for field in ["use_bidirectional_attention", "attention_bias"] {
+        if f.is_true(field) {
+            return Err(Error::field(f.path(), field, true, "false"));
+        }
+    }
+    Ok(())
+}
+
+/// In how many layers of Gemma 3 one attends to everything, if the file does not say.
+pub(crate) const GEMMA_PATTERN: usize = 6;
+
+/// Mistral's and Gemma's windows are obeyed, Qwen's only with `use_sliding_window` and from layer `max_window_layers` on; newer
 /// exports say it by layer.
 fn sliding_windows(f: &Fields<'_>, family: Family, num_layers: usize) -> Result<Vec<Option<usize>>> {
     let window = f.optional_size("sliding_window")?;
     let window = match family {
         Family::Llama => None,
         Family::Mistral => window,
+        Family::Gemma3 => Some(window.unwrap_or(4096)),
         Family::Qwen2 | Family::Qwen3 => window.filter(|_| f.is_true("use_sliding_window")),
     };
     if let (Some(types), Some(window)) = (f.optional_texts("layer_types")?, window) {
@@ -268,6 +357,10 @@ fn sliding_windows(f: &Fields<'_>, family: Family, num_layers: usize) -> Result<
             return Err(Error::field(f.path(), "layer_types", format!("{} entries", types.len()), expected));
         }
         return Ok(types.iter().map(|t| (t == layer_type(true)).then_some(window)).collect());
+    }
+    if family == Family::Gemma3 {
+        let pattern = f.optional_size("sliding_window_pattern")?.unwrap_or(GEMMA_PATTERN);
+        return Ok((1..=num_layers).map(|n| window.filter(|_| !n.is_multiple_of(pattern))).collect());
     }
     let first = match family {
         Family::Qwen2 | Family::Qwen3 => f.optional_size("max_window_layers")?.unwrap_or(0),

@@ -1,7 +1,9 @@
 use std::f64::consts::PI;
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::Family;
 use crate::error::{Error, Result};
 use crate::fields::Fields;
 
@@ -52,9 +54,38 @@ pub enum RopeScaling {
     Divisors(Vec<f32>),
 }
 
+/// Gemma 3's bases, where a file does not say: of layers that attend to everything, and of those with a sliding window.
+const GEMMA_THETA: f64 = 1e6;
+pub(crate) const LOCAL_THETA: f64 = 1e4;
+
 impl RopeConfig {
+    /// A model's, and that of its layers with a sliding window if it is another one.
+    pub(crate) fn of_family(f: &Fields<'_>, family: Family, max_positions: usize) -> Result<(Self, Option<Self>)> {
+        if family != Family::Gemma3 {
+            return Ok((Self::from_fields(f, max_positions)?, None));
+        }
+        // Newer exports have an object for each kind of layer.
+        if let Some(kinds) = f.optional_object("rope_parameters")? {
+            let kinds = Fields::new(kinds, f.path());
+            let of_kind = |kind: &str, theta: f64| match kinds.optional_object(kind)? {
+                Some(object) => {
+                    Self::from_object(f.path(), &format!("rope_parameters.{kind}"), object, Some(theta), max_positions)
+                }
+                None => Ok(Self { theta, scaling: RopeScaling::Default }),
+            };
+            return Ok((of_kind("full_attention", GEMMA_THETA)?, Some(of_kind("sliding_attention", LOCAL_THETA)?)));
+        }
+        let theta = f.positive("rope_theta")?.unwrap_or(GEMMA_THETA);
+        let rope = match f.optional_object("rope_scaling")? {
+            Some(object) => Self::from_object(f.path(), "rope_scaling", object, Some(theta), max_positions)?,
+            None => Self { theta, scaling: RopeScaling::Default },
+        };
+        let theta = f.positive("rope_local_base_freq")?.unwrap_or(LOCAL_THETA);
+        Ok((rope, Some(Self { theta, scaling: RopeScaling::Default })))
+    }
+
     /// From `rope_theta` and `rope_scaling`, or from `rope_parameters` of newer exports.
-    pub(crate) fn from_fields(f: &Fields<'_>, max_positions: usize) -> Result<Self> {
+    fn from_fields(f: &Fields<'_>, max_positions: usize) -> Result<Self> {
         let path = f.path();
         let parameters = f.optional_object("rope_parameters")?;
         let scaling = match parameters {
@@ -65,6 +96,17 @@ impl RopeConfig {
         let Some((field, object)) = scaling else {
             return Ok(Self { theta: own_theta.unwrap_or(10_000.0), scaling: RopeScaling::Default });
         };
+        Self::from_object(path, field, object, own_theta, max_positions)
+    }
+
+    /// From the object of that name.
+    fn from_object(
+        path: &Path,
+        field: &str,
+        object: &Map<String, Value>,
+        own_theta: Option<f64>,
+        max_positions: usize,
+    ) -> Result<Self> {
         let s = Fields::new(object, path);
         let theta = s.positive("rope_theta")?.or(own_theta).unwrap_or(10_000.0);
         let kind = match s.optional_text("rope_type")? {
