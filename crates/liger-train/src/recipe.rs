@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use liger_model::{GateSource, LigerConfig, LoraConfig, Structure, Target};
+use liger_model::{GateSource, LigerConfig, LoraConfig, ModelConfig, Structure, Target};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, io, unusable};
@@ -45,9 +45,9 @@ pub struct LigerRecipe {
     /// Memory slots of gsa and kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<usize>,
-    /// Layers that keep softmax attention.
-    #[serde(default)]
-    pub softmax_layers: Vec<usize>,
+    /// Layers that keep their softmax attention; `None` for [`ModelConfig::bounded_layers`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub softmax_layers: Option<Vec<usize>>,
 }
 
 /// `[lora]`.
@@ -298,12 +298,13 @@ impl Recipe {
         }
     }
 
-    /// The settings of the attention.
-    pub fn liger_config(&self) -> LigerConfig {
+    /// The settings of the attention of a model.
+    pub fn liger_config(&self, model: &ModelConfig) -> LigerConfig {
         let LigerRecipe { window, sinks, alpha, beta, slots, ref softmax_layers, .. } = self.liger;
+        let softmax_layers = softmax_layers.clone().unwrap_or_else(|| model.bounded_layers());
         let structure = Structure::from_name(&self.liger.structure).unwrap_or(Structure::Gla);
         let gate = GateSource::from_name(&self.liger.gate).unwrap_or_default();
-        LigerConfig { structure, gate, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() }
+        LigerConfig { structure, gate, window, sinks, alpha, beta, slots, softmax_layers }
     }
 
     /// The settings of the adapter.

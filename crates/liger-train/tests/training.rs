@@ -16,7 +16,7 @@ fn student(recipe: &Recipe) -> Decoder {
     let config = ModelConfig::shape("tiny").unwrap();
     let ops = Arc::new(Cpu::new());
     let weights = Weights::load(&RandomWeights::new(&config, 5), &config, &*ops, DType::F32).unwrap();
-    Decoder::new(ops, config, weights).with_attention(Some(recipe.liger_config()))
+    Decoder::new(ops, config, weights).with_attention(Some(recipe.liger_config(&ModelConfig::shape("tiny").unwrap())))
 }
 
 fn recipe(objective: Objective) -> Recipe {
@@ -43,6 +43,7 @@ fn documents(count: usize) -> Vec<Document> {
             line: n + 1,
             ids: (0..30 + n as u32 % 20).map(|i| (n as u32 + 3 * i) % 256).collect(),
             answer: (0..30 + n % 20).map(|i| i > 5).collect(),
+            begin: None,
         })
         .collect()
 }

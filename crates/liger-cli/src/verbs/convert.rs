@@ -1,8 +1,9 @@
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use anyhow::{Result, bail};
 use liger_model::checkpoint::{SaveFormat, save_gguf, save_model};
-use liger_model::{GateSource, LigerConfig, Structure};
+use liger_model::{GateSource, LigerConfig, ModelConfig, Structure};
 use liger_tensor::DType;
 
 use crate::common::{DeviceArgs, OutArgs, Precision, prepare_file, print};
@@ -66,14 +67,32 @@ pub struct FormArgs {
     /// Memory slots of gsa [default: the head size] and of kept [default: 114]
     #[arg(long)]
     slots: Option<usize>,
-    /// Layers that keep softmax attention
-    #[arg(long, value_delimiter = ',')]
-    softmax_layers: Vec<usize>,
+    /// Layers that keep softmax attention, or none [default: where a model has both, those whose own window bounds it]
+    #[arg(long, value_name = "LAYERS")]
+    softmax_layers: Option<Layers>,
+}
+
+/// Numbers of layers with commas between, or `none`.
+#[derive(Clone)]
+struct Layers(Vec<usize>);
+
+impl FromStr for Layers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let layers = match text {
+            "none" => Ok(Vec::new()),
+            list => list.split(',').map(str::parse).collect(),
+        };
+        layers.map(Self).map_err(|_| "expected layers with commas between, as in 0,5,11, or none".into())
+    }
 }
 
 impl FormArgs {
-    fn config(&self, layers: usize) -> Result<LigerConfig> {
+    fn config(&self, model: &ModelConfig) -> Result<LigerConfig> {
         let Self { window, slots, ref softmax_layers, .. } = *self;
+        let layers = model.num_layers;
+        let softmax_layers = softmax_layers.as_ref().map_or_else(|| model.bounded_layers(), |list| list.0.clone());
         let name = self.structure.as_deref().unwrap_or("gla");
         let Some(structure) = Structure::from_name(name) else {
             let known = Structure::ALL.map(Structure::name).join(", ");
@@ -97,14 +116,14 @@ impl FormArgs {
             );
         }
         let gate = GateSource::Key;
-        Ok(LigerConfig { structure, gate, window, sinks, alpha, beta, slots, softmax_layers: softmax_layers.clone() })
+        Ok(LigerConfig { structure, gate, window, sinks, alpha, beta, slots, softmax_layers })
     }
 }
 
 pub fn run(args: &Args) -> Result<()> {
     let checkpoint = crate::hub::open(&args.model)?;
     let form = match &checkpoint.config.liger {
-        None => args.form.config(checkpoint.config.num_layers)?,
+        None => args.form.config(&checkpoint.config)?,
         Some(own) if args.quantize.is_some() && args.form.structure.is_none() => own.clone(),
         Some(own) => {
             let name = own.structure.name();

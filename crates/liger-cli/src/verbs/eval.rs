@@ -6,7 +6,7 @@ use liger_eval::{
     Surroundings, Table, Task, TaskScores, branch_scores, evaluate, greedy_agreement, hash_files, position_table,
     recall, recall_table, recovery_table, scores_by_position, shown, step_cost,
 };
-use liger_model::{Checkpoint, Decoder, LigerConfig, Structure, files};
+use liger_model::{Checkpoint, Decoder, LigerConfig, ModelConfig, Structure, files};
 use liger_train::data::Documents;
 use serde_json::json;
 
@@ -151,7 +151,7 @@ pub fn run(args: &Args) -> Result<()> {
     let variants = args
         .variants
         .iter()
-        .map(|name| Ok((name.as_str(), variant(name, checkpoint.config.liger.as_ref())?)))
+        .map(|name| Ok((name.as_str(), variant(name, &checkpoint.config)?)))
         .collect::<Result<Vec<_>>>()?;
     let text = args.text.as_deref().map(|path| Text::read(args, path, &checkpoint)).transpose()?;
     let ops = args.device.open()?;
@@ -196,9 +196,11 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// The attention that a variant's name stands for; `None` is softmax.
-fn variant(name: &str, own: Option<&LigerConfig>) -> Result<Option<LigerConfig>> {
-    let paper = LigerConfig::paper(Structure::Gla);
-    let base = own.unwrap_or(&paper);
+fn variant(name: &str, config: &ModelConfig) -> Result<Option<LigerConfig>> {
+    let own = config.liger.as_ref();
+    let paper = |structure| LigerConfig { softmax_layers: config.bounded_layers(), ..LigerConfig::paper(structure) };
+    let plain = paper(Structure::Gla);
+    let base = own.unwrap_or(&plain);
     let window = |sinks| Some(LigerConfig { sinks, alpha: 0.0, beta: 1.0, ..base.clone() });
     let of_liger = |change: &dyn Fn(LigerConfig) -> LigerConfig| match own {
         Some(own) => Ok(Some(change(own.clone()))),
@@ -216,7 +218,7 @@ fn variant(name: &str, own: Option<&LigerConfig>) -> Result<Option<LigerConfig>>
         "no-window" => of_liger(&|own| LigerConfig { beta: 0.0, ..own }),
         "no-sinks" => of_liger(&|own| LigerConfig { sinks: 0, ..own }),
         _ => match Structure::from_name(name) {
-            Some(structure) => Ok(Some(LigerConfig::paper(structure))),
+            Some(structure) => Ok(Some(paper(structure))),
             None => bail!(
                 "--variants: found `{name}`, expected as-is, base, window, sinks, a structure, no-recurrence, no-window or \
                  no-sinks"
@@ -235,10 +237,16 @@ struct Text {
 impl Text {
     fn read(args: &Args, path: &Path, checkpoint: &Checkpoint) -> Result<Self> {
         let length = args.piece as usize;
+        if length < 2 {
+            bail!("--piece: found {length}, expected at least 2 tokens");
+        }
         let documents =
             Documents::read(path, &checkpoint.tokenizer, None, &liger_train::Recipe::load("default")?.data)?;
         let all: Vec<u32> = documents.list.into_iter().flat_map(|document| document.ids).collect();
-        let pieces: Vec<Vec<u32>> = all.chunks_exact(length).take(args.pieces).map(<[u32]>::to_vec).collect();
+        let begin: Vec<u32> = checkpoint.tokenizer.begin().into_iter().collect();
+        let rest = all.strip_prefix(&begin[..]).unwrap_or(&all);
+        let cut = rest.chunks_exact(length - begin.len()).take(args.pieces);
+        let pieces: Vec<Vec<u32>> = cut.map(|piece| [&begin[..], piece].concat()).collect();
         if pieces.is_empty() {
             bail!("{}: {} tokens, fewer than a piece of {length}; give --piece", path.display(), all.len());
         }

@@ -103,7 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
     if checkpoint.config.liger.is_some() {
         bail!("{}: already a Liger model; linearize its base model", args.model.display());
     }
-    if let Some(layer) = recipe.liger.softmax_layers.iter().find(|&&l| l >= checkpoint.config.num_layers) {
+    if let Some(layer) = recipe.liger.softmax_layers.iter().flatten().find(|&&l| l >= checkpoint.config.num_layers) {
         bail!("recipe: `liger.softmax_layers`: found {layer}, the model has {} layers", checkpoint.config.num_layers);
     }
     // Everything that may be the user's mistake comes before the first file is written.
@@ -116,7 +116,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let stop = interrupt::flag()?;
     let teacher = checkpoint.load(ops, args.device.dtype())?;
-    let student = teacher.with_attention(Some(recipe.liger_config()));
+    let student = teacher.with_attention(Some(recipe.liger_config(&checkpoint.config)));
     eprintln!(
         "{}: {:.1} M parameters on {}",
         args.model.display(),
@@ -272,7 +272,7 @@ fn own_text(
         let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
         let ids: Vec<(Vec<u32>, Vec<bool>)> = serde_json::from_str(&text)
             .map_err(|e| anyhow::anyhow!("{}: damaged ({e}); start anew with --force", file.display()))?;
-        let document = |(i, (ids, answer))| Document { line: i + 1, ids, answer };
+        let document = |(i, (ids, answer))| Document { line: i + 1, ids, answer, begin: None };
         return Ok(ids.into_iter().enumerate().map(document).collect());
     }
     let mut documents = Vec::new();
@@ -376,7 +376,7 @@ fn measure(
     texts: &Texts,
 ) -> Result<Vec<liger_eval::PositionScores>> {
     let window_only = |sinks: usize| {
-        let liger = LigerConfig { sinks, alpha: 0.0, beta: 1.0, ..recipe.liger_config() };
+        let liger = LigerConfig { sinks, alpha: 0.0, beta: 1.0, ..recipe.liger_config(teacher.config()) };
         teacher.with_attention(Some(liger))
     };
     let (window, sinks) = (window_only(0), window_only(4));

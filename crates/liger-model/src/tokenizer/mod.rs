@@ -123,6 +123,11 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The token that the model wants before every text, if it wants one.
+    pub fn begin(&self) -> Option<u32> {
+        self.encode("", true).ok()?.first().copied()
+    }
+
     /// The text of tokens.
     ///
     /// # Errors

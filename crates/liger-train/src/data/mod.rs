@@ -27,6 +27,8 @@ pub struct Document {
     pub ids: Vec<u32>,
     /// Which of them belong to an answer.
     pub answer: Vec<bool>,
+    /// What the model wants before a text, and so before a row that goes on with this one.
+    pub begin: Option<u32>,
 }
 
 /// A record that could not be used.

@@ -84,7 +84,7 @@ pub fn write_conversations(
     let ends_turn = |id: u32| config.eos_token_ids.contains(&id);
     let mut speakers: Vec<Speaker> = (0..plan.conversations)
         .map(|i| Speaker {
-            document: Document { line: i + 1, ids: Vec::new(), answer: Vec::new() },
+            document: Document { line: i + 1, ids: Vec::new(), answer: Vec::new(), begin: None },
             forced: opening.iter().copied().collect(),
             answering: frame.is_none(),
             said: 0,

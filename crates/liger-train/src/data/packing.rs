@@ -27,22 +27,28 @@ pub(crate) fn shuffle<T>(list: &mut [T], seed: u64) {
     }
 }
 
-/// Packs documents in their order. The last row may be shorter; a row in which nothing counts is left out.
+/// Packs documents in their order, each row from the token that the model wants before a text. The last row may be shorter; a
+/// row in which nothing counts is left out.
 pub fn pack(documents: &[&Document], recipe: &DataRecipe) -> Vec<Row> {
     let mut rows = Vec::new();
     let mut row = Row { ids: Vec::new(), labels: Vec::new(), lengths: Vec::new(), lines: Vec::new() };
     for document in documents {
         let mut at = 0;
         while at < document.ids.len() {
+            let label = |next: usize| match recipe.loss_on == LossOn::All || document.answer[next] {
+                true => i64::from(document.ids[next]),
+                false => -100,
+            };
+            let begin = document.begin.filter(|_| row.ids.is_empty() && at > 0);
+            row.ids.extend(begin);
+            row.labels.extend(begin.map(|_| label(at)));
             let count = (document.ids.len() - at).min(recipe.length - row.ids.len());
             for i in at..at + count {
-                let counts = |next: usize| recipe.loss_on == LossOn::All || document.answer[next];
-                let next = (i + 1 < at + count && counts(i + 1)).then(|| i64::from(document.ids[i + 1]));
                 row.ids.push(document.ids[i]);
-                row.labels.push(next.unwrap_or(-100));
+                row.labels.push(if i + 1 < at + count { label(i + 1) } else { -100 });
             }
             row.lines.push(document.line);
-            row.lengths.push(count);
+            row.lengths.push(usize::from(begin.is_some()) + count);
             at += count;
             if row.ids.len() == recipe.length {
                 let empty = Row { ids: Vec::new(), labels: Vec::new(), lengths: Vec::new(), lines: Vec::new() };
@@ -69,6 +75,7 @@ mod tests {
             line,
             ids: ids.to_vec(),
             answer: ids.iter().map(|id| id % 2 == 1).collect(),
+            begin: None,
         };
         let (a, b) = (document(1, &[1, 2, 3, 5, 4]), document(2, &[7, 9, 8]));
         let mut recipe = Recipe::load("paper").unwrap().data;
@@ -83,5 +90,9 @@ mod tests {
         recipe.loss_on = LossOn::All;
         let rows = pack(&[&a, &b], &recipe);
         assert_eq!((rows[1].lengths.clone(), rows[1].labels.clone()), (vec![1, 3], vec![-100, 9, 8, -100]));
+        let a = Document { begin: Some(0), ..a };
+        let rows = pack(&[&a, &b], &recipe);
+        assert_eq!((rows[0].ids.clone(), rows[1].ids.clone()), (vec![1, 2, 3, 5], vec![0, 4, 7, 9]));
+        assert_eq!((rows[1].lengths.clone(), rows[1].labels.clone()), (vec![2, 2], vec![4, -100, 9, -100]));
     }
 }

@@ -21,7 +21,8 @@ impl Renderer<'_> {
     /// # Errors
     /// The reason, for the list of records left out.
     pub fn document(&self, line: usize, record: &Record) -> Result<Document, String> {
-        let mut document = Document { line, ids: Vec::new(), answer: Vec::new() };
+        let begin = self.tokenizer.begin();
+        let mut document = Document { line, ids: Vec::new(), answer: Vec::new(), begin };
         match record {
             Record::Text(text) => {
                 self.add(&mut document, text, true, true)?;
