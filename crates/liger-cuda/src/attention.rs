@@ -1,9 +1,7 @@
 //! Softmax attention: sizes and blocks for `kernels/attention.cu`.
 
 use liger_tensor::checks::{self, Heads, same_length};
-use liger_tensor::{
-    Attention, AttentionGradients, AttentionSpec, DType, Error, KeyValueCache, Result, Sequences, Tensor,
-};
+use liger_tensor::{Attention, AttentionGradients, AttentionSpec, DType, Error, KeyValueCache, Result, Tensor};
 
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Launch};
@@ -16,23 +14,25 @@ const ROWS: usize = 64;
 const KEYS: usize = 64;
 const FORWARD_KEYS: usize = 96;
 const QUERIES: usize = 32;
+/// Query heads that one token's rows have room for.
+pub(crate) const LARGEST_GROUP: usize = QUERIES;
 /// Threads of a block.
 const THREADS: u32 = 128;
 /// Sinks that the backward has room for.
 const MOST_SINKS: usize = 16;
-/// Largest head: `STEP_DIMS` times a warp.
-const LARGEST_HEAD: usize = 256;
-
-/// The heads of q and k, if the kernels take them.
-pub(crate) fn heads(operation: &'static str, q: &Tensor, k: &Tensor, sequences: &Sequences) -> Result<Heads> {
-    taken(operation, q, Heads::of(operation, q, k, sequences)?)
+/// Largest head: `STEP_DIMS` times a warp; in float32 what a block's shared memory has room for.
+fn largest_head(activations: DType) -> usize {
+    if activations == DType::Bf16 { 256 } else { 192 }
 }
 
-fn taken(operation: &'static str, q: &Tensor, heads: Heads) -> Result<Heads> {
-    if heads.group() <= QUERIES && heads.dim <= LARGEST_HEAD && heads.dim.is_multiple_of(2) {
+fn taken(operation: &'static str, q: &Tensor, heads: Heads, activations: DType) -> Result<Heads> {
+    let largest = largest_head(activations);
+    if heads.group() <= LARGEST_GROUP && heads.dim <= largest && heads.dim.is_multiple_of(2) {
         return Ok(heads);
     }
-    let expected = format!("groups of at most {QUERIES} heads, each of an even size of at most {LARGEST_HEAD}");
+    let name = activations.name();
+    let expected =
+        format!("groups of at most {LARGEST_GROUP} heads, each of an even size of at most {largest} in {name}");
     Err(Error::Shape { operation, found: q.shape().to_vec(), expected })
 }
 
@@ -64,7 +64,8 @@ pub(crate) struct Call<'a> {
 
 impl<'a> Call<'a> {
     fn new(cuda: &Cuda, operation: &'static str, inputs: Attention<'a>, cache: Option<&KeyValueCache>) -> Result<Self> {
-        let heads = taken(operation, inputs.q, checks::attention(operation, &inputs, cache.is_some())?)?;
+        let heads = checks::attention(operation, &inputs, cache.is_some())?;
+        let heads = taken(operation, inputs.q, heads, cuda.activations)?;
         let spec = inputs.spec;
         let kept = match (spec.window, inputs.keeping) {
             (Some(window), Some(keeping)) if spec.kept > 0 => {

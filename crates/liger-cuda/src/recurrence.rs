@@ -3,6 +3,7 @@
 use liger_tensor::checks::{RecurrenceSizes, same_length};
 use liger_tensor::{DType, Error, GateAxis, Recurrence, RecurrenceGradients, Result, Tensor};
 
+use crate::attention::LARGEST_GROUP;
 use crate::batch::{Batch, CHUNK};
 use crate::compile::{Source, Variant};
 use crate::driver::{Arg, Block, Kernel, Launch};
@@ -30,9 +31,10 @@ struct Problem<'a> {
 impl<'a> Problem<'a> {
     fn new(operation: &'static str, inputs: Recurrence<'a>) -> Result<Self> {
         let sizes = RecurrenceSizes::of(operation, &inputs)?;
-        crate::attention::heads(operation, inputs.q, inputs.k, inputs.sequences)?;
-        if sizes.heads.dim.max(sizes.value_dim) > LARGEST_HEAD || !sizes.value_dim.is_multiple_of(2) {
-            let expected = format!("even head sizes of at most {LARGEST_HEAD}");
+        let dims = [sizes.heads.dim, sizes.value_dim];
+        let fits = dims.iter().all(|dim| *dim <= LARGEST_HEAD && dim.is_multiple_of(2));
+        if !fits || sizes.heads.group() > LARGEST_GROUP {
+            let expected = format!("groups of at most {LARGEST_GROUP} heads, of even sizes of at most {LARGEST_HEAD}");
             return Err(Error::Shape { operation, found: inputs.v.shape().to_vec(), expected });
         }
         let words = [sizes.heads.query, sizes.heads.kv].map(|x| x as i32);

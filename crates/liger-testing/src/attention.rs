@@ -1,7 +1,9 @@
 //! Softmax attention, with windows, sinks and kept keys: forward in one piece, by any split through a cache, and backward;
 //! and the scores by which keys are kept.
 
-use liger_tensor::{Attention, AttentionGradients, AttentionSpec, Keeping, KeptKeys, KeyValueCache, Sequences, Tensor};
+use liger_tensor::{
+    Attention, AttentionGradients, AttentionSpec, DType, Keeping, KeptKeys, KeyValueCache, Sequences, Tensor,
+};
 
 use crate::plain::{gradient, softmax};
 use crate::{Check, Numbers};
@@ -113,6 +115,8 @@ pub(crate) fn check(c: &Check<'_>) {
     {
         check_spec(c, AttentionSpec { window, sinks, ..AttentionSpec::EVERYTHING });
     }
+    wide_heads(c, AttentionSpec::EVERYTHING);
+    wide_heads(c, AttentionSpec::window(2, 1));
     long_backward(c, &[AttentionSpec::EVERYTHING, AttentionSpec::window(64, 4)]);
 }
 
@@ -133,6 +137,7 @@ pub(crate) fn check_kept(c: &Check<'_>) {
             backward(c, (17, 2, 1, 4), spec);
         }
     }
+    wide_heads(c, keeping(1, 1, 2, Some(0)));
     long_backward(c, &[keeping(16, 4, 12, None), keeping(64, 4, 116, Some(40)), keeping(8, 2, 90, Some(20))]);
     novelty(c);
 }
@@ -144,6 +149,14 @@ fn check_spec(c: &Check<'_>, spec: AttentionSpec) {
     }
     backward(c, (7, 3, 1, 4), spec);
     backward(c, (9, 4, 2, 6), spec);
+}
+
+/// Gemma's heads; a GPU has no room for them in float32.
+fn wide_heads(c: &Check<'_>, spec: AttentionSpec) {
+    if c.ops.memory().is_none() || c.ops.activations() == DType::Bf16 {
+        forward(c, (140, 4, 1, 256), spec);
+        backward(c, (4, 2, 1, 256), spec);
+    }
 }
 
 /// Scores of keys, in one piece behind another sequence and by any split with a state.

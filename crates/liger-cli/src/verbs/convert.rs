@@ -64,7 +64,7 @@ pub struct FormArgs {
     /// Weight of the window branch [default: 0.5; mean and kept: 1]
     #[arg(long)]
     beta: Option<f32>,
-    /// Memory slots of gsa [default: the head size] and of kept [default: 114]
+    /// Memory slots of gsa [default: the head size] and of kept [default: as many as twice the bytes of the paper's form hold]
     #[arg(long)]
     slots: Option<usize>,
     /// Layers that keep softmax attention, or none [default: where a model has both, those whose own window bounds it]

@@ -52,7 +52,7 @@ pub fn run(args: &Args) -> Result<()> {
             l.structure.name(),
             l.window,
             l.sinks,
-            match l.kept() {
+            match l.kept(config) {
                 0 => format!("{} x recurrent + {} x window", l.alpha, l.beta),
                 kept => format!("{kept} keys that stay"),
             },

@@ -82,7 +82,7 @@ impl Liger {
         let &LigerConfig { window, sinks, structure, gate, .. } = liger;
         // No key is farther from a query than the layer has seen: the window is up to two stretches long.
         let reach = config.trained_reach(layer).saturating_sub(2 * window);
-        let kept = liger.kept();
+        let kept = liger.kept(config);
         let reach = (kept > 0).then_some(reach);
         Self {
             structure,

@@ -2,6 +2,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::ModelConfig;
 use crate::attention::{GateSource, Structure, kept};
 use crate::error::{Error, Result};
 use crate::fields::Fields;
@@ -21,7 +22,7 @@ pub struct LigerConfig {
     pub alpha: f32,
     /// Weight of the window branch.
     pub beta: f32,
-    /// Memory slots of gsa (the head size if `None`) and of kept (114).
+    /// Memory slots of gsa (if `None` as many as the head has elements) and of kept (as twice the paper's bytes have room for).
     pub slots: Option<usize>,
     /// Layers that keep their softmax attention over everything.
     pub softmax_layers: Vec<usize>,
@@ -91,10 +92,13 @@ impl LigerConfig {
         Ok(config)
     }
 
-    /// Keys that stay besides window and sinks; 0 for every structure but `kept`.
-    pub fn kept(&self) -> usize {
-        let is_on = self.structure == Structure::Kept && self.alpha != 0.0;
-        if is_on { self.slots.unwrap_or(kept::SLOTS) } else { 0 }
+    /// Keys that stay besides window and sinks in a layer of `model`; 0 for every structure but `kept`.
+    pub fn kept(&self, model: &ModelConfig) -> usize {
+        if self.structure != Structure::Kept || self.alpha == 0.0 {
+            return 0;
+        }
+        let group = model.num_heads / model.num_kv_heads;
+        self.slots.unwrap_or_else(|| kept::slots(model.head_dim, group, self.window, self.sinks))
     }
 
     /// Settings that do not go together.
