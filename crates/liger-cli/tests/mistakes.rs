@@ -44,6 +44,14 @@ fn models_that_cannot_be_read() {
         &["info", "arch"],
         "arch/config.json: field `model_type`: found `mamba`, expected llama, mistral, qwen2, qwen3",
     );
+    let path = model(dir, "gemma");
+    edit(&path.join("config.json"), "\"llama\"", "\"gemma3_text\", \"final_logit_softcapping\": 30.0");
+    check(dir, &["info", "gemma"], "gemma/config.json: field `final_logit_softcapping`: found 30, expected null");
+    edit(&path.join("config.json"), "\"final_logit_softcapping\": 30.0", "\"query_pre_attn_scalar\": 168");
+    check(dir, &["info", "gemma"], "gemma/config.json: field `query_pre_attn_scalar`: found 168, expected head_dim, 8");
+    model(dir, "layers");
+    let layers = ["convert", "layers", "--softmax-layers", "1,x", "--out", "o"];
+    check(dir, &layers, "expected layers with commas between, as in 0,5,11, or none");
     let path = model(dir, "rope");
     edit(&path.join("config.json"), "\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"longrope\"},\"rope_theta\"");
     check(
@@ -134,7 +142,7 @@ fn damaged_gguf_files() {
     check(
         dir,
         &["info", "e.gguf"],
-        "field `general.architecture`: found `nothing`, expected llama, qwen2, qwen3 or liger",
+        "field `general.architecture`: found `nothing`, expected llama, qwen2, qwen3, gemma3 or liger",
     );
 }
 

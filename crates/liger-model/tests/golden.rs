@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use liger_cpu::Cpu;
-use liger_model::checkpoint::{SafetensorsFiles, load_adapter};
+use liger_model::checkpoint::{SafetensorsFiles, SaveFormat, load_adapter, save_model};
 use liger_model::{Adapter, Checkpoint, Decoder, Recompute, State, TensorSource};
 use liger_tensor::{DType, Ops, Sequences, Tensor};
 
@@ -166,6 +166,23 @@ fn logits_and_loss() {
         let losses = case.decoder.ops().cross_entropy(&mut logits, &next, None).unwrap();
         let counted = next.iter().filter(|&&l| l >= 0).count();
         case.check("loss", &[losses.iter().sum::<f32>() / counted as f32]);
+    }
+}
+
+/// Also where files hold norms less one, as Gemma's do.
+#[test]
+fn a_saved_model_is_the_same() {
+    for name in ["gemma3", "qwen3", "qwen2", "liger-kept-gemma3"] {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/fixtures");
+        let case = Case::open(&fixtures.join(name));
+        let origin = Checkpoint::open_without_tokenizer(&case.folder).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        save_model(folder.path(), &case.decoder, None, &origin, DType::F32, SaveFormat::Liger).unwrap();
+        let saved = Checkpoint::open_without_tokenizer(folder.path()).unwrap();
+        assert_eq!(saved.config, origin.config, "{name}");
+        let (ops, dtype, _) = device();
+        let again = Case { decoder: saved.load(ops, dtype).unwrap(), ..case };
+        again.check("logits", &again.logits_in_pieces(&[again.len], None).0);
     }
 }
 

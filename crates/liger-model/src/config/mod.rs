@@ -368,3 +368,42 @@ fn sliding_windows(f: &Fields<'_>, family: Family, num_layers: usize) -> Result<
     };
     Ok((0..num_layers).map(|layer| window.filter(|_| layer >= first)).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GEMMA: &str = r#"{"model_type": "gemma3_text", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 6, "num_attention_heads": 2, "head_dim": 8, "sliding_window": 4"#;
+
+    fn parse(text: &str) -> ModelConfig {
+        ModelConfig::parse(text, "config.json".as_ref()).unwrap()
+    }
+
+    #[test]
+    fn gemma_in_its_old_and_its_new_words() {
+        let old = parse(&format!(
+            r#"{GEMMA}, "rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": {{"rope_type": "linear", "factor": 8}}}}"#
+        ));
+        let new = parse(&format!(
+            r#"{GEMMA}, "rope_parameters": {{
+                "full_attention": {{"rope_type": "linear", "factor": 8, "rope_theta": 5e5}},
+                "sliding_attention": {{"rope_type": "default", "rope_theta": 2e4}}}}}}"#
+        ));
+        assert_eq!(old, new);
+        assert_eq!((old.rope.theta, &old.rope.scaling), (5e5, &RopeScaling::Linear { factor: 8.0 }));
+        assert_eq!(old.local_rope.as_ref().map(|rope| rope.theta), Some(2e4));
+        assert!(old.tie_word_embeddings);
+        assert_eq!(old.bounded_layers(), [0, 1, 2, 3, 4], "the sixth attends to everything");
+        assert_eq!((old.trained_reach(0), old.trained_reach(5)), (4, 2048));
+        assert_eq!(parse(&old.to_json().to_string()), old);
+        let plain = parse(&format!("{GEMMA}}}"));
+        assert_eq!((plain.rope.theta, plain.local_rope.map(|rope| rope.theta)), (1e6, Some(1e4)));
+    }
+
+    #[test]
+    fn a_model_of_one_kind_of_layers_has_none_that_can_stay() {
+        let mistral = GEMMA.replace("gemma3_text", "mistral");
+        assert!(parse(&format!("{mistral}}}")).bounded_layers().is_empty());
+    }
+}
