@@ -48,10 +48,14 @@ fn models_that_cannot_be_read() {
     edit(&path.join("config.json"), "\"llama\"", "\"gemma3_text\", \"final_logit_softcapping\": 30.0");
     check(dir, &["info", "gemma"], "gemma/config.json: field `final_logit_softcapping`: found 30, expected null");
     edit(&path.join("config.json"), "\"final_logit_softcapping\": 30.0", "\"query_pre_attn_scalar\": 168");
-    check(dir, &["info", "gemma"], "gemma/config.json: field `query_pre_attn_scalar`: found 168, expected head_dim, 8");
+    check(
+        dir,
+        &["info", "gemma"],
+        "gemma/config.json: field `query_pre_attn_scalar`: found 168, expected head_dim, 16",
+    );
     model(dir, "layers");
     let layers = ["convert", "layers", "--softmax-layers", "1,x", "--out", "o"];
-    check(dir, &layers, "expected layers with commas between, as in 0,5,11, or none");
+    check(dir, &layers, "--softmax-layers: found `1,x`, expected layers with commas between, or none");
     let path = model(dir, "rope");
     edit(&path.join("config.json"), "\"rope_theta\"", "\"rope_scaling\":{\"rope_type\":\"longrope\"},\"rope_theta\"");
     check(

@@ -1,5 +1,4 @@
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use anyhow::{Result, bail};
 use liger_model::checkpoint::{SaveFormat, save_gguf, save_model};
@@ -69,30 +68,21 @@ pub struct FormArgs {
     slots: Option<usize>,
     /// Layers that keep softmax attention, or none [default: where a model has both, those whose own window bounds it]
     #[arg(long, value_name = "LAYERS")]
-    softmax_layers: Option<Layers>,
-}
-
-/// Numbers of layers with commas between, or `none`.
-#[derive(Clone)]
-struct Layers(Vec<usize>);
-
-impl FromStr for Layers {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let layers = match text {
-            "none" => Ok(Vec::new()),
-            list => list.split(',').map(str::parse).collect(),
-        };
-        layers.map(Self).map_err(|_| "expected layers with commas between, as in 0,5,11, or none".into())
-    }
+    softmax_layers: Option<String>,
 }
 
 impl FormArgs {
     fn config(&self, model: &ModelConfig) -> Result<LigerConfig> {
         let Self { window, slots, ref softmax_layers, .. } = *self;
         let layers = model.num_layers;
-        let softmax_layers = softmax_layers.as_ref().map_or_else(|| model.bounded_layers(), |list| list.0.clone());
+        let softmax_layers = match softmax_layers.as_deref() {
+            None => model.bounded_layers(),
+            Some("none") => Vec::new(),
+            Some(list) => match list.split(',').map(str::parse).collect() {
+                Ok(layers) => layers,
+                Err(_) => bail!("--softmax-layers: found `{list}`, expected layers with commas between, or none"),
+            },
+        };
         let name = self.structure.as_deref().unwrap_or("gla");
         let Some(structure) = Structure::from_name(name) else {
             let known = Structure::ALL.map(Structure::name).join(", ");
