@@ -17,6 +17,7 @@ struct StepSizes {
     int window, sinks, cache_rows;
     // KEPT: rows of the cache before a ring of two windows; those whose keys stay for their scores; farthest before the window.
     int kept_slots, by_score, reach;
+    int together;  // whether shared memory has room for keys and values at once
     int query_map, key_map, gate;
     float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
@@ -212,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
     float* scores = reinterpret_cast<float*>(&m + 1);                              // [GROUP, cache_rows]
     act* keys = reinterpret_cast<act*>(scores + (GROUP * s.cache_rows + 3) / 4 * 4);  // [cache_rows, ROW]
-    act* values = keys + s.cache_rows * ROW;
+    act* values = s.together ? keys + s.cache_rows * ROW : keys;
     int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
     long long place = static_cast<long long>(slot) * s.kv + head;
@@ -224,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         keep(cached_k, cached_v, cached_scores, cached_positions, query_sum, frequencies, keys, position, s);
     }
     fetch_rows(keys, cached_k, rows);
-    fetch_rows(values, cached_v, rows);
+    if (s.together) fetch_rows(values, cached_v, rows);
 #if SLOTS > 0
     typedef StatePart<DIM, SLOTS> First;
     typedef StatePart<SLOTS, DIM> Second;
@@ -273,7 +274,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         } else {
             act new_key = from_float<act>(y), new_value = from_float<act>(m.v[d]);
             keys[own * ROW + d] = cached_k[own * DIM + d] = new_key;
-            values[own * ROW + d] = cached_v[own * DIM + d] = new_value;
+            cached_v[own * DIM + d] = new_value;
+            if (s.together) values[own * ROW + d] = new_value;
         }
     }
     if (KEPT) {
@@ -320,6 +322,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         scores[g * s.cache_rows + j] = seen ? sum : NEGATIVE_INFINITY;
     }
     __syncthreads();
+    // Values take the place of the keys, which nobody reads any more.
+    if (!s.together) fetch_rows(values, cached_v, rows);
     for (int g = warp; g < GROUP; g += THREADS / 32) {
         float best = NEGATIVE_INFINITY, total = 0.0f;
         for (int j = lane; j < rows; j += 32) best = fmaxf(best, scores[g * s.cache_rows + j]);
@@ -331,6 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         total = warp_sum(total);
         if (lane == 0) m.total[g] = total;
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
         int g = i / DIM, d = i % DIM;

@@ -147,12 +147,12 @@ fn words(
     [rows as i32, inputs as i32, parts as i32, output(0), output(1), output(2), epsilon, add, wide]
 }
 
-/// Bytes of shared memory: `StepShared` of liger_step.cu, scores, keys and values.
-fn shared_bytes(spec: &StepSpec, cache_rows: usize) -> usize {
+/// Bytes of shared memory: `StepShared` of liger_step.cu, scores, and keys and values: both at once, or one after the other.
+fn shared_bytes(spec: &StepSpec, cache_rows: usize, together: bool) -> usize {
     let (group, dim) = (spec.heads / spec.kv_heads, spec.head_dim);
     let widest = slots(spec).max(dim);
     let of_a_head = 3 * dim + 2 * widest + PARTS + 1 + cache_rows;
-    let keys_and_values = 2 * cache_rows * (dim + 8) * 2;
+    let keys_and_values = (1 + usize::from(together)) * cache_rows * (dim + 8) * 2;
     // Structure and scores end at multiples of 16 bytes.
     4 * (group * of_a_head + 3 * dim + 2 * widest) + 32 + keys_and_values
 }
@@ -187,7 +187,7 @@ impl StepOps for Cuda {
     fn takes(&self, spec: &StepSpec, cache: &KeyValueCache) -> bool {
         let (dim, slots) = (spec.head_dim, slots(spec));
         let sizes = dim.is_multiple_of(8) && dim <= LARGEST_HEAD && slots.is_multiple_of(4) && slots <= LARGEST_HEAD;
-        let room = shared_bytes(spec, cache.keys.dim(2)) <= self.gpu.largest_shared;
+        let room = shared_bytes(spec, cache.keys.dim(2), false) <= self.gpu.largest_shared;
         sizes && room && cache.spec.window.is_some() && spec.heads <= LARGEST_GROUP * spec.kv_heads
     }
 
@@ -272,7 +272,10 @@ impl StepOps for Cuda {
         let floats = [gate.1, gate.2, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
         let kept_slots = if spec.form == StepForm::Kept { cache.spec.slots() as i32 } else { 0 };
         let [by_score, reach] = [cache.spec.kept_by_score() as i32, reach_word(cache.spec)];
-        let counts = [heads, kv, n, window, sinks, rows, kept_slots, by_score, reach, query_map, key_map, gate.0];
+        let together = shared_bytes(&spec, cache_rows, true) <= self.gpu.largest_shared;
+        let at_once = i32::from(together);
+        let counts =
+            [heads, kv, n, window, sinks, rows, kept_slots, by_score, reach, at_once, query_map, key_map, gate.0];
         let words: Vec<i32> = counts.into_iter().chain(floats).collect();
         let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
         let (first_state, key_sum) = match spec.form {
@@ -304,7 +307,7 @@ impl StepOps for Cuda {
         let launch = Launch {
             grid: (spec.kv_heads as u32, texts as u32, 1),
             block: (256, 1),
-            shared: shared_bytes(&spec, cache_rows),
+            shared: shared_bytes(&spec, cache_rows, together),
         };
         let variant = Variant { activations: self.activations, sizes };
         self.gpu.launch((Source::LigerStep, NAME), variant, launch, &args)
