@@ -334,8 +334,8 @@ impl Decoder {
         let c = &self.config;
         let (d, q, kv) = (c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim);
         let size = self.ops.activations().bytes(1);
-        // Input, norm and residual, and both halves' outputs where those have norms; q, its rotated and feature forms, window and mix; k, v and k's forms; gate and up;
-        // gates and the window's statistics in float32.
+        // Input, norm and residual, and both halves' outputs where those have norms; q, its rotated and feature forms, window
+        // and mix; k, v and k's forms; gate and up; gates and the window's statistics in float32.
         // One state of every head for 64 tokens.
         let states = kv * c.head_dim * 4 / 64;
         let residuals = if c.family.has_output_norms() { 5 } else { 3 };
