@@ -11,7 +11,6 @@ use liger_tensor::{
 
 use crate::adapter::{Adapter, Target};
 use crate::attention::{Form, GateSource, Liger, Mixer};
-use crate::config::Family;
 use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::state::{LayerState, State};
@@ -105,7 +104,7 @@ impl Decoder {
     /// Settings of every layer, if all are Liger Attention in a block of the plain kind.
     fn step_specs(&self) -> Option<Vec<StepSpec>> {
         let config = self.config();
-        if config.family == Family::Gemma3 {
+        if config.family.has_output_norms() {
             return None;
         }
         // The kernel makes the gate of the key alone.
