@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(256)
                 int d = lane + 32 * i;
                 if (turn <= 0 || d >= DIM) continue;
                 float other = to_float(key[d < HALF ? d + HALF : d - HALF]), sine, cosine;
-                revolve(turn, frequencies, d % HALF, &sine, &cosine);
+                revolve(turn, revolutions(frequencies, d % HALF), &sine, &cosine);
                 kd[i] = kd[i] * cosine + (d < HALF ? -other : other) * sine;
             }
         }

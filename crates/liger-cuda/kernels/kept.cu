@@ -225,7 +225,7 @@ extern "C" __global__ void kept_add_gradients(act* dk, act* dv, const float* par
             float x = part[d];
             if (turn > 0) {
                 float other = part[d < HALF ? d + HALF : d - HALF], sine, cosine;
-                revolve(turn, frequencies, d % HALF, &sine, &cosine);
+                revolve(turn, revolutions(frequencies, d % HALF), &sine, &cosine);
                 x = x * cosine + (d < HALF ? other : -other) * sine;
             }
             sum_k += x;

@@ -14,37 +14,51 @@ __device__ __forceinline__ int filled_slots(int position, int window, int slots)
 // Whether the token at `position`, its own key already there, sees a row of the cache: slots, then a ring of two stretches.
 __device__ __forceinline__ bool row_in_use(int position, int row, int window, int slots) {
     if (row < slots) return row < filled_slots(position, window, slots);
-    int stretch = position / window, half = (row - slots) / window;
-    return half == stretch % 2 ? (row - slots) % window <= position % window : stretch > 0;
+    int stretch = position / window, half = row - slots >= window;
+    return half == stretch % 2 ? row - slots - half * window <= position % window : stretch > 0;
 }
 
 // Kept keys before this position are moved on to it, for queries of a stretch; `reach` may be EVERYTHING.
 __device__ __forceinline__ int nearest_of(int stretch, int window, int reach) { return max(stretch - 1, 0) * window - reach; }
 
-// Sine and cosine of RoPE's pair `d` after so many tokens. frequencies [2, HALF]: revolutions a token, and what float32 misses
-// of them.
-__device__ __forceinline__ void revolve(int tokens, const float* frequencies, int d, float* sine, float* cosine) {
-    float count = static_cast<float>(tokens), whole = count * frequencies[d];
-    float missing = fmaf(count, frequencies[d], -whole) + count * frequencies[HALF + d];
-    sincospif(2.0f * ((whole - rintf(whole)) + missing), sine, cosine);
+// Revolutions a token of RoPE's pair `d`, and what float32 misses of them. frequencies [2, HALF].
+__device__ __forceinline__ float2 revolutions(const float* frequencies, int d) {
+    return make_float2(frequencies[d], frequencies[HALF + d]);
+}
+
+// Sine and cosine of a pair after so many tokens.
+__device__ __forceinline__ void revolve(int tokens, float2 revolutions, float* sine, float* cosine) {
+    float count = static_cast<float>(tokens), whole = count * revolutions.x;
+    float missing = fmaf(count, revolutions.x, -whole) + count * revolutions.y, rest = whole - rintf(whole) + missing;
+#ifdef ACT_BF16
+    // The fast ones are within 1e-6 for at most half a revolution.
+    __sincosf(6.283185307f * rest, sine, cosine);
+#else
+    sincospif(2.0f * rest, sine, cosine);
+#endif
 }
 
 // The pair (x, y) of a key, moved on.
-__device__ __forceinline__ void turn_pair(float& x, float& y, int tokens, const float* frequencies, int d) {
+__device__ __forceinline__ void turn_pair(float& x, float& y, int tokens, float2 revolutions) {
     float sine, cosine, before = x;
-    revolve(tokens, frequencies, d, &sine, &cosine);
+    revolve(tokens, revolutions, &sine, &cosine);
     x = before * cosine - y * sine, y = y * cosine + before * sine;
 }
 
-// Keys in rows of `ld` elements, by the whole block; `turn_of(j)` is by how many tokens key j is moved on.
+// Keys in rows of `ld` elements, by the whole block; `turn_of(j)` is by how many tokens key j is moved on. A thread has one pair
+// of every so many keys.
 template <class T, class TurnOf>
 __device__ __forceinline__ void turn_keys(T* keys, int ld, int count, const float* frequencies, TurnOf turn_of) {
-    for (int i = threadIdx.x; i < count * HALF; i += blockDim.x) {
-        int turn = turn_of(i / HALF), d = i % HALF;
+    int at_once = blockDim.x / HALF, d = threadIdx.x % HALF, first = threadIdx.x / HALF;
+    if (first == at_once) return;
+    float2 own = revolutions(frequencies, d);
+#pragma unroll 2
+    for (int j = first; j < count; j += at_once) {
+        int turn = turn_of(j);
         if (turn <= 0) continue;
-        T* key = keys + i / HALF * ld + d;
+        T* key = keys + j * ld + d;
         float x = to_float(key[0]), y = to_float(key[HALF]);
-        turn_pair(x, y, turn, frequencies, d);
+        turn_pair(x, y, turn, own);
         key[0] = from_float<T>(x), key[HALF] = from_float<T>(y);
     }
 }
@@ -88,7 +102,7 @@ __device__ __forceinline__ void likings(float* liked, int count, KeyOf key_of, T
         if (turn > 0) {
 #pragma unroll
             for (int i = 0; i < KEY_PAIRS; i++) {
-                if (begin + i < HALF) turn_pair(x[i], y[i], turn, frequencies, begin + i);
+                if (begin + i < HALF) turn_pair(x[i], y[i], turn, revolutions(frequencies, begin + i));
             }
         }
         float best = NEGATIVE_INFINITY, sum = 0.0f;

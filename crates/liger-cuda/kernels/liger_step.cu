@@ -1,16 +1,23 @@
 // Liger Attention for one token of each text, from the projections to what goes into o_proj: head norms, RoPE, the cache,
 // the window, feature maps and gates, the recurrence, the mix. One block a text and key/value head; the query heads of the
-// group share its keys and its state.
+// group share its keys and its state. Where many keys are kept, a cluster of blocks shares the rows of the cache: each looks at
+// its part, and what they found is merged through their shared memory.
 //
 // DIM: head size; GROUP: query heads of a key/value head; SLOTS: gsa's memory slots, 0 for a structure with feature maps;
-// KEPT: whether slots keep keys, in the place of a recurrence.
-// Every state element is read and written once, by the same thread.
+// KEPT: whether slots keep keys, in the place of a recurrence; SPLITS: blocks of a cluster, 1 where it keeps none.
+// Scores and weighted values are products on tensor cores, with the keys as the left factor and up to eight query heads as its
+// columns. Every state element is read and written once, by the same thread.
 
 #define THREADS 256
 #define LOWEST_GATE (-40.0f)
 #define WIDEST (SLOTS > DIM ? SLOTS : DIM)
-// Leading dimension of keys and values in shared memory: rows begin in different banks.
-#define ROW (DIM + 8)
+#define WIDTH ((DIM + 15) / 16 * 16)
+// Leading dimension of queries, keys and values in shared memory.
+#define ROW (WIDTH + PAD)
+// Columns of a product.
+#define HEADS 8
+// Blocks that a multiprocessor should have room for: with keys to look at, many short ones hide each other's waiting.
+#define RESIDENT (!KEPT ? 1 : DIM > 64 ? 4 : 5)
 
 struct StepSizes {
     int heads, kv, texts;
@@ -23,28 +30,55 @@ struct StepSizes {
 };
 
 struct __align__(16) StepShared {
-    float q[GROUP][DIM], k[DIM], v[DIM];      // before RoPE
-    float rope_q[GROUP][DIM];                 // after it, times the scale of scores
+    float q[GROUP][DIM], k[DIM], v[DIM];  // before RoPE
     float cosine[DIM / 2], sine[DIM / 2];
-    float query[GROUP][WIDEST], key[WIDEST], decay[WIDEST];
-    float window[GROUP][DIM], out[GROUP][WIDEST];
+    float window[GROUP][DIM], best[GROUP], total[GROUP];
+    __align__(16) elem rope_q[HEADS][ROW];
+#if !KEPT
+    float query[GROUP][WIDEST], key[WIDEST], decay[WIDEST], out[GROUP][WIDEST];
     float parts[THREADS * 4][GROUP];
-    float total[GROUP];
+#endif
 };
 
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS)
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same for blocks that have only read what others wrote.
+__device__ __forceinline__ void leave_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// What stands at the place of `own`, in shared memory, in another block of the cluster.
+__device__ __forceinline__ float of_block(const float* own, int rank) {
+    u32 at;
+    float x;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(static_cast<u32>(__cvta_generic_to_shared(own))), "r"(rank));
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+    return x;
+}
+#else
+#define CLUSTER
+__device__ __forceinline__ void wait_for_cluster() { __syncthreads(); }
+__device__ __forceinline__ void leave_cluster() {}
+__device__ __forceinline__ float of_block(const float* own, int) { return *own; }
+#endif
+
 // Softmax, times a factor, or 1 - sigmoid of a row by one warp.
-template <int WIDTH> __device__ __forceinline__ void map_row(float* to, const float* from, int map, float factor = 1.0f) {
+template <int LENGTH> __device__ __forceinline__ void map_row(float* to, const float* from, int map, float factor = 1.0f) {
     int lane = threadIdx.x & 31;
     if (map == MAP_ONE_MINUS_SIGMOID) {
-        for (int d = lane; d < WIDTH; d += 32) to[d] = sigmoid(-from[d]);
+        for (int d = lane; d < LENGTH; d += 32) to[d] = sigmoid(-from[d]);
         return;
     }
     float best = NEGATIVE_INFINITY, sum = 0.0f;
-    for (int d = lane; d < WIDTH; d += 32) best = fmaxf(best, from[d]);
+    for (int d = lane; d < LENGTH; d += 32) best = fmaxf(best, from[d]);
     best = warp_max(best);
-    for (int d = lane; d < WIDTH; d += 32) sum += expf(from[d] - best);
+    for (int d = lane; d < LENGTH; d += 32) sum += expf(from[d] - best);
     sum = warp_sum(sum);
-    for (int d = lane; d < WIDTH; d += 32) to[d] = expf(from[d] - best) / sum * factor;
+    for (int d = lane; d < LENGTH; d += 32) to[d] = expf(from[d] - best) / sum * factor;
 }
 
 __device__ __forceinline__ float decay_of(float log_gate) { return expf(fmaxf(log_gate, LOWEST_GATE)); }
@@ -130,12 +164,16 @@ __device__ __forceinline__ int cache_row(const StepSizes& s, int position) {
     return position < s.sinks ? position : s.sinks + (position - s.sinks) % s.window;
 }
 
-// Rows of one head of a cache into shared memory, without waiting for them.
-__device__ __forceinline__ void fetch_rows(act* to, const act* from, int rows) {
-    constexpr int PER_ROW = DIM / 8;
-    for (int i = threadIdx.x; i < rows * PER_ROW; i += THREADS) {
-        u32 at = static_cast<u32>(__cvta_generic_to_shared(to + i / PER_ROW * ROW + i % PER_ROW * 8));
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from + i * 8) : "memory");
+// Every SPLITS-th row of one head of a cache into shared memory, without waiting for them; zeros up to row `padded` and column
+// WIDTH.
+__device__ __forceinline__ void fetch_rows(elem* to, const act* from, int rows, int padded) {
+    constexpr int PER_ROW = WIDTH / 8;
+    for (int i = threadIdx.x; i < padded * PER_ROW; i += THREADS) {
+        int r = i / PER_ROW, d = i % PER_ROW * 8;
+        bool inside = r < rows && d < DIM;
+        u32 at = static_cast<u32>(__cvta_generic_to_shared(to + r * ROW + d));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     ::"r"(at), "l"(inside ? from + r * SPLITS * DIM + d : from), "r"(inside ? 16 : 0) : "memory");
     }
 }
 
@@ -203,29 +241,39 @@ __device__ __forceinline__ void norm_head(float* x, const float* weight, float e
 }
 
 #ifdef ACT_BF16
-// tokens: ids, slots and positions, `texts` each. frequencies [2, DIM / 2]: see `revolve`.
-// Grid (K, texts).
-extern "C" __global__ void __launch_bounds__(THREADS)
+// tokens: ids, slots and positions, `texts` each. frequencies: see `revolutions`.
+// Grid (K * SPLITS, texts).
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) CLUSTER
     liger_step(act* mixed, const act* q, const act* k, const act* v, const float* q_norm, const float* k_norm,
                const float* frequencies, act* cached_k, act* cached_v, float* cached_scores, float* cached_positions,
                float* first_state, float* second_state, float* key_sum, float* query_sum, const int* tokens, StepSizes s) {
-    extern __shared__ uint4 shared_memory[];
     StepShared& m = *reinterpret_cast<StepShared*>(shared_memory);
-    float* scores = reinterpret_cast<float*>(&m + 1);                              // [GROUP, cache_rows]
-    act* keys = reinterpret_cast<act*>(scores + (GROUP * s.cache_rows + 3) / 4 * 4);  // [cache_rows, ROW]
-    act* values = s.together ? keys + s.cache_rows * ROW : keys;
-    int head = blockIdx.x, text = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int most = (s.cache_rows + SPLITS - 1) / SPLITS, padded = (most + 15) / 16 * 16;
+    float* scores = reinterpret_cast<float*>(&m + 1);                    // [GROUP, padded]
+    elem* shares = reinterpret_cast<elem*>(scores + GROUP * padded);     // exponentials of them, [HEADS, padded + PAD]
+    elem* keys = shares + HEADS * (padded + PAD);                        // [padded, ROW]
+    elem* values = s.together ? keys + padded * ROW : keys;
+    int head = blockIdx.x / SPLITS, part = blockIdx.x % SPLITS, text = blockIdx.y;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int slot = tokens[s.texts + text], position = tokens[2 * s.texts + text];
     long long place = static_cast<long long>(slot) * s.kv + head;
-    int own = cache_row(s, position), rows = KEPT ? s.cache_rows : min(position + 1, s.sinks + s.window);
     cached_k += place * s.cache_rows * DIM, cached_v += place * s.cache_rows * DIM;
+    bool begins = KEPT && position % s.window == 0;  // a stretch
     if (KEPT) {
         cached_scores += place * s.cache_rows, cached_positions += place * s.kept_slots;
         key_sum += place * DIM, query_sum += place * GROUP * DIM;
-        keep(cached_k, cached_v, cached_scores, cached_positions, query_sum, frequencies, keys, position, s);
+        if (part == 0) keep(cached_k, cached_v, cached_scores, cached_positions, query_sum, frequencies, keys, position, s);
+        if (SPLITS > 1 && begins) wait_for_cluster();
     }
-    fetch_rows(keys, cached_k, rows);
-    if (s.together) fetch_rows(values, cached_v, rows);
+    // This block has row `part` of the cache and every SPLITS-th after it: slots, whose keys are turned, are shared evenly.
+    int valid = KEPT ? s.cache_rows : min(position + 1, s.sinks + s.window), rows = (valid - part + SPLITS - 1) / SPLITS;
+    int own_row = cache_row(s, position), own = own_row / SPLITS;
+    bool has_own = own_row % SPLITS == part;
+    cached_k += part * DIM, cached_v += part * DIM;
+    fetch_rows(keys, cached_k, rows, padded);
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    if (s.together) fetch_rows(values, cached_v, rows, padded);
+    asm volatile("cp.async.commit_group;" ::: "memory");
 #if SLOTS > 0
     typedef StatePart<DIM, SLOTS> First;
     typedef StatePart<SLOTS, DIM> Second;
@@ -244,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
     for (int i = threadIdx.x; i < DIM / 2; i += THREADS) {
         float sine, cosine;
-        revolve(position, frequencies, i, &sine, &cosine);
+        revolve(position, revolutions(frequencies, i), &sine, &cosine);
         m.cosine[i] = cosine * s.rope_factor, m.sine[i] = sine * s.rope_factor;
     }
     for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
@@ -254,12 +302,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         long long at = (static_cast<long long>(text) * s.kv + head) * DIM + i;
         m.k[i] = to_float(k[at]), m.v[i] = to_float(v[at]);
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    // Keys; values may be still on their way.
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncthreads();
     if (q_norm != nullptr) {
         for (int r = warp; r <= GROUP; r += THREADS / 32) {
             norm_head(r < GROUP ? m.q[r] : m.k, r < GROUP ? q_norm : k_norm, s.epsilon);
         }
+        __syncthreads();
+    }
+    if (DIM < WIDTH) {
+        for (int i = threadIdx.x; i < HEADS * WIDTH; i += THREADS) m.rope_q[i / WIDTH][i % WIDTH] = from_float<elem>(0.0f);
         __syncthreads();
     }
     for (int i = threadIdx.x; i < (GROUP + 1) * DIM; i += THREADS) {
@@ -268,26 +321,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         float other = d < DIM / 2 ? -x[half + DIM / 2] : x[half];
         float y = x[d] * m.cosine[half] + other * m.sine[half];
         if (r < GROUP) {
-            y = to_float(from_float<act>(y));
-            m.rope_q[r][d] = y * s.scale;
-            if (KEPT) query_sum[i] = (position % s.window == 0 ? 0.0f : query_sum[i]) + y;
-        } else {
-            act new_key = from_float<act>(y), new_value = from_float<act>(m.v[d]);
-            keys[own * ROW + d] = cached_k[own * DIM + d] = new_key;
-            cached_v[own * DIM + d] = new_value;
-            if (s.together) values[own * ROW + d] = new_value;
+            elem rounded = m.rope_q[r][d] = from_float<elem>(y);
+            if (KEPT && part == 0) {
+                // An addition that nobody waits for.
+                if (begins) query_sum[i] = to_float(rounded);
+                else atomicAdd(query_sum + i, to_float(rounded));
+            }
+        } else if (has_own) {
+            keys[own * ROW + d] = cached_k[own * SPLITS * DIM + d] = from_float<act>(y);
+            cached_v[own * SPLITS * DIM + d] = from_float<act>(m.v[d]);
         }
     }
     if (KEPT) {
         // Slots alone: the ring's own row is being written.
         int nearest = nearest_of(position / s.window, s.window, s.reach), slots = filled_slots(position, s.window, s.kept_slots);
-        auto turn_of = [&](int slot) { return nearest - static_cast<int>(cached_positions[slot]); };
-        if (nearest > 0) turn_keys(keys, ROW, slots, frequencies, turn_of);
+        auto turn_of = [&](int j) { return nearest - static_cast<int>(cached_positions[j * SPLITS + part]); };
+        if (nearest > 0) turn_keys(keys, ROW, (slots - part + SPLITS - 1) / SPLITS, frequencies, turn_of);
     }
-    if (KEPT && warp == 0) {
-        float score = novelty(m.k, key_sum);
-        if (lane == 0) cached_scores[own] = score;
-    }
+#if !KEPT
     // Feature maps beside it.
     if (s.alpha != 0.0f) {
 #if SLOTS > 0
@@ -308,41 +359,61 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
 #endif
     }
+#endif
     __syncthreads();
-    // The window: a thread a score.
-    for (int i = threadIdx.x; i < GROUP * rows; i += THREADS) {
-        int g = i / rows, j = i % rows;
-        float sum = 0.0f;
-#pragma unroll 4
-        for (int d = 0; d < DIM; d += 4) {
-            float4 x = load4(keys + j * ROW + d), y = load4(&m.rope_q[g][d]);
-            sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+    // Scores of 16 rows a warp at a time.
+    int group = lane >> 2, quad = lane & 3;
+    for (int first = warp * 16; first < padded; first += THREADS / 32 * 16) {
+        float c[1][4];
+        set_zero(c);
+        product<WIDTH, false, true>(c, keys, ROW, first, m.rope_q[0], ROW, 0);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int j = first + group + (i >> 1) * 8, g = 2 * quad + (i & 1);
+            bool seen = j < rows && (!KEPT || row_in_use(position, j * SPLITS + part, s.window, s.kept_slots));
+            if (g < GROUP) scores[g * padded + j] = seen ? c[0][i] * s.scale : NEGATIVE_INFINITY;
         }
-        bool seen = !KEPT || row_in_use(position, j, s.window, s.kept_slots);
-        scores[g * s.cache_rows + j] = seen ? sum : NEGATIVE_INFINITY;
     }
     __syncthreads();
     // Values take the place of the keys, which nobody reads any more.
-    if (!s.together) fetch_rows(values, cached_v, rows);
+    if (!s.together) fetch_rows(values, cached_v, rows, padded);
     for (int g = warp; g < GROUP; g += THREADS / 32) {
         float best = NEGATIVE_INFINITY, total = 0.0f;
-        for (int j = lane; j < rows; j += 32) best = fmaxf(best, scores[g * s.cache_rows + j]);
+        for (int j = lane; j < padded; j += 32) best = fmaxf(best, scores[g * padded + j]);
         best = warp_max(best);
-        for (int j = lane; j < rows; j += 32) {
-            float p = expf(scores[g * s.cache_rows + j] - best);
-            scores[g * s.cache_rows + j] = p, total += p;
+        for (int j = lane; j < padded; j += 32) {
+            float x = scores[g * padded + j], p = x == NEGATIVE_INFINITY ? 0.0f : expf(x - best);
+            shares[g * (padded + PAD) + j] = from_float<elem>(p), total += p;
         }
         total = warp_sum(total);
-        if (lane == 0) m.total[g] = total;
+        if (lane == 0) m.best[g] = best, m.total[g] = total;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    if (KEPT && has_own && warp == THREADS / 32 - 1) {
+        float score = novelty(m.k, key_sum);
+        if (lane == 0) cached_scores[own_row] = score;
+    }
+    wait_for_tiles();
     __syncthreads();
-    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
-        int g = i / DIM, d = i % DIM;
-        float sum = 0.0f;
-#pragma unroll 8
-        for (int j = 0; j < rows; j++) sum += scores[g * s.cache_rows + j] * to_float(values[j * ROW + d]);
-        m.window[g][d] = sum / m.total[g];
+    if (has_own) {
+        for (int d = threadIdx.x; d < DIM; d += THREADS) values[own * ROW + d] = from_float<act>(m.v[d]);
+        __syncthreads();
+    }
+    // Values, 16 columns a warp at a time.
+    for (int first = warp * 16; first < WIDTH; first += THREADS / 32 * 16) {
+        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+        for (int k = 0; k < padded; k += K_STEP) {
+            FragmentA left;
+            FragmentB right;
+            load_a<true>(left, values, ROW, first, k);
+            load_b<true>(right, shares, padded + PAD, k, 0);
+            mma(c, left, right);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int d = first + group + (i >> 1) * 8, g = 2 * quad + (i & 1);
+            if (d < DIM && g < GROUP) m.window[g][d] = c[i];
+        }
     }
 #if !KEPT
     // The recurrence.
@@ -357,10 +428,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
     }
 #endif
-    for (int i = threadIdx.x; i < GROUP * DIM; i += THREADS) {
+    wait_for_cluster();
+    for (int i = part * THREADS + threadIdx.x; i < GROUP * DIM; i += SPLITS * THREADS) {
         int g = i / DIM, d = i % DIM;
-        float y = s.beta * m.window[g][d] + (s.alpha != 0.0f ? s.alpha * m.out[g][d] : 0.0f);
+        float top = NEGATIVE_INFINITY, sum = 0.0f, total = 0.0f;
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++) top = fmaxf(top, of_block(&m.best[g], r));
+#pragma unroll
+        for (int r = 0; r < SPLITS; r++) {
+            // A block may have no row in use: exp(-infinity) is 0.
+            float weight = expf(of_block(&m.best[g], r) - top);
+            sum += weight * of_block(&m.window[g][d], r), total += weight * of_block(&m.total[g], r);
+        }
+        float y = s.beta * sum / total;
+#if !KEPT
+        if (s.alpha != 0.0f) y += s.alpha * m.out[g][d];
+#endif
         mixed[(static_cast<long long>(text) * s.heads + head * GROUP) * DIM + i] = from_float<act>(y);
     }
+    // Nobody leaves while another block still reads its memory.
+    leave_cluster();
 }
 #endif

@@ -120,7 +120,7 @@ impl Source {
     pub fn sizes(self) -> &'static [&'static str] {
         match self {
             Self::Attention | Self::AttentionStep => &["DIM", "GROUP", "KEPT"],
-            Self::LigerStep => &["DIM", "GROUP", "SLOTS", "KEPT"],
+            Self::LigerStep => &["DIM", "GROUP", "SLOTS", "KEPT", "SPLITS"],
             Self::Kept => &["DIM"],
             Self::LowRank => &["RANK", "PROJECTIONS"],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
@@ -138,7 +138,7 @@ impl Source {
             Self::LowRank => &[COMMON, TILE],
             Self::Kept => &[COMMON, BATCH, KEPT],
             Self::Features => &[COMMON, GATES],
-            Self::LigerStep => &[COMMON, GATES, KEPT],
+            Self::LigerStep => &[COMMON, TILE, GATES, KEPT],
             Self::RecurrenceChunks | Self::RecurrenceGradients | Self::RecurrenceStep => {
                 &[COMMON, TILE, BATCH, RECURRENCE]
             }

@@ -202,6 +202,11 @@ impl Gpu {
         Ok(Self { context, stream, name, arch, driver_version, largest_shared, processors, kernels, pool, profile })
     }
 
+    /// Whether the blocks of a cluster can read each other's shared memory: since Hopper.
+    pub(crate) fn has_clusters(&self) -> bool {
+        !self.arch.starts_with("sm_8")
+    }
+
     /// Makes the context current on this thread.
     pub(crate) fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as the process.

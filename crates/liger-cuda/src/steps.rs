@@ -21,12 +21,16 @@ const FEW_ROWS: usize = 32;
 const BLOCK_OUTPUTS: usize = 16;
 /// Layers that one launch takes: `MOST_OUTPUTS` of the kernels.
 const MOST_LAYERS: usize = 3;
-/// Largest group of query heads: every one has four sums in registers.
-const LARGEST_GROUP: usize = 8;
+/// Largest group of query heads: `HEADS` of liger_step.cu.
+const HEADS: usize = 8;
+/// `PAD` of tile.cuh.
+const PAD: usize = 8;
 /// Largest head, and most memory slots.
 const LARGEST_HEAD: usize = 128;
-/// Elements of `StepShared.parts` a query head.
+/// Elements of `StepShared.parts` a query head, where there is a recurrence.
 const PARTS: usize = 1024;
+/// Blocks that share the rows of a cache that keeps keys, on GPUs where blocks read each other's memory.
+const SPLITS: usize = 4;
 
 /// Kernels for up to 8, 16, 32 and 64 rows, by groups of [`BLOCK_OUTPUTS`] a block: `LINEARS` and `SWIGLU` of few_rows.cu.
 const LINEARS: [&[(usize, &str)]; 4] = [
@@ -147,14 +151,20 @@ fn words(
     [rows as i32, inputs as i32, parts as i32, output(0), output(1), output(2), epsilon, add, wide]
 }
 
-/// Bytes of shared memory: `StepShared` of liger_step.cu, scores, and keys and values: both at once, or one after the other.
-fn shared_bytes(spec: &StepSpec, cache_rows: usize, together: bool) -> usize {
+/// Bytes of shared memory: `StepShared` of liger_step.cu, scores and shares, and keys and values: both at once, or one after the
+/// other. Before them that memory holds the `Choice` of kept.cuh.
+fn shared_bytes(spec: &StepSpec, cache: &KeyValueCache, splits: usize, together: bool) -> usize {
     let (group, dim) = (spec.heads / spec.kv_heads, spec.head_dim);
-    let widest = slots(spec).max(dim);
-    let of_a_head = 3 * dim + 2 * widest + PARTS + 1 + cache_rows;
-    let keys_and_values = (1 + usize::from(together)) * cache_rows * (dim + 8) * 2;
-    // Structure and scores end at multiples of 16 bytes.
-    4 * (group * of_a_head + 3 * dim + 2 * widest) + 32 + keys_and_values
+    let (widest, cache_rows) = (slots(spec).max(dim), cache.keys.dim(2));
+    let (rows, width) = (cache_rows.div_ceil(splits).next_multiple_of(16), dim.next_multiple_of(16) + PAD);
+    let kept = spec.form == StepForm::Kept;
+    let recurrence = if kept { 0 } else { group * (2 * widest + PARTS) + 2 * widest };
+    let floats = group * (2 * dim + 2) + 3 * dim + recurrence + group * rows;
+    let halves = HEADS * (width + rows + PAD);
+    let keys_and_values = 2 * (1 + usize::from(together)) * rows * width;
+    let choice = if kept { 4 * (5 * cache_rows + group * dim) } else { 0 };
+    // Parts of the structure begin and end at multiples of 16 bytes.
+    4 * floats + 2 * halves + 48 + keys_and_values.max(choice)
 }
 
 fn slots(spec: &StepSpec) -> usize {
@@ -169,6 +179,13 @@ struct StepGraph {
 impl Recording for StepGraph {
     fn replay(&self) -> Result<()> {
         self.gpu.replay(&self.graph)
+    }
+}
+
+impl Cuda {
+    /// `SPLITS` of liger_step.cu.
+    fn splits(&self, spec: &StepSpec) -> usize {
+        if spec.form == StepForm::Kept && self.gpu.has_clusters() { SPLITS } else { 1 }
     }
 }
 
@@ -187,8 +204,8 @@ impl StepOps for Cuda {
     fn takes(&self, spec: &StepSpec, cache: &KeyValueCache) -> bool {
         let (dim, slots) = (spec.head_dim, slots(spec));
         let sizes = dim.is_multiple_of(8) && dim <= LARGEST_HEAD && slots.is_multiple_of(4) && slots <= LARGEST_HEAD;
-        let room = shared_bytes(spec, cache.keys.dim(2), false) <= self.gpu.largest_shared;
-        sizes && room && cache.spec.window.is_some() && spec.heads <= LARGEST_GROUP * spec.kv_heads
+        let room = shared_bytes(spec, cache, self.splits(spec), false) <= self.gpu.largest_shared;
+        sizes && room && cache.spec.window.is_some() && spec.heads <= HEADS * spec.kv_heads
     }
 
     fn tokens(&self, texts: usize) -> Result<Box<dyn DeviceMemory>> {
@@ -272,10 +289,15 @@ impl StepOps for Cuda {
         let floats = [gate.1, gate.2, alpha, spec.beta, scale, spec.rope_factor, spec.epsilon].map(float);
         let kept_slots = if spec.form == StepForm::Kept { cache.spec.slots() as i32 } else { 0 };
         let [by_score, reach] = [cache.spec.kept_by_score() as i32, reach_word(cache.spec)];
-        let together = shared_bytes(&spec, cache_rows, true) <= self.gpu.largest_shared;
-        let at_once = i32::from(together);
-        let counts =
-            [heads, kv, n, window, sinks, rows, kept_slots, by_score, reach, at_once, query_map, key_map, gate.0];
+        let splits = self.splits(&spec);
+        // Keys and values at once where all blocks then run at the same time, if they fit at all.
+        let blocks = spec.kv_heads * splits * texts;
+        let [apart, at_once] = [false, true].map(|together| shared_bytes(&spec, cache, splits, together));
+        let largest = self.gpu.largest_shared;
+        let runs = |bytes: usize| blocks <= self.gpu.processors * (largest / bytes);
+        let together = at_once <= largest && (runs(at_once) || !runs(apart));
+        let both = i32::from(together);
+        let counts = [heads, kv, n, window, sinks, rows, kept_slots, by_score, reach, both, query_map, key_map, gate.0];
         let words: Vec<i32> = counts.into_iter().chain(floats).collect();
         let state = |i: usize| states.get(i).map_or(Ok(Arg::Pointer(0)), |s| self.f32(NAME, s));
         let (first_state, key_sum) = match spec.form {
@@ -303,11 +325,11 @@ impl StepOps for Cuda {
             Arg::Pointer(block(NAME, tokens)?.pointer),
             Arg::Words(&words),
         ];
-        let sizes = [spec.head_dim, spec.heads / spec.kv_heads, slots(&spec), usize::from(kept_slots > 0), 0];
+        let sizes = [spec.head_dim, spec.heads / spec.kv_heads, slots(&spec), usize::from(kept_slots > 0), splits];
         let launch = Launch {
-            grid: (spec.kv_heads as u32, texts as u32, 1),
+            grid: ((spec.kv_heads * splits) as u32, texts as u32, 1),
             block: (256, 1),
-            shared: shared_bytes(&spec, cache_rows, together),
+            shared: if together { at_once } else { apart },
         };
         let variant = Variant { activations: self.activations, sizes };
         self.gpu.launch((Source::LigerStep, NAME), variant, launch, &args)
