@@ -111,6 +111,11 @@ impl Decoder {
         &*self.ops
     }
 
+    /// The same, for another model beside this one.
+    pub fn shared_ops(&self) -> Arc<dyn Ops> {
+        self.ops.clone()
+    }
+
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config

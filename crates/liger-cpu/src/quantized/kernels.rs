@@ -34,6 +34,9 @@ pub(crate) enum Kernel {
     /// AVX2: products of 16-bit integers.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// ARM's dot products of bytes.
+    #[cfg(target_arch = "aarch64")]
+    NeonDot,
     /// Plain loops.
     Portable,
 }
@@ -41,11 +44,15 @@ pub(crate) enum Kernel {
 impl Kernel {
     /// Whether it takes activations as high and low bytes.
     pub(super) fn takes_bytes(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        if self == Self::Avx512Vnni {
-            return true;
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => false,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => true,
+            Self::Portable => false,
         }
-        false
     }
 }
 
@@ -60,6 +67,10 @@ pub(crate) fn available() -> Vec<Kernel> {
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
             list.push(Kernel::Avx2);
         }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("dotprod") {
+        list.push(Kernel::NeonDot);
     }
     list.push(Kernel::Portable);
     list
@@ -78,6 +89,9 @@ pub(super) fn piece(kernel: Kernel, p: &Piece<'_>) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Kernel::Avx2 => unsafe { avx2::piece(p) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Kernel::NeonDot => unsafe { neon::piece(p) },
         Kernel::Portable => portable(p),
     }
 }
@@ -95,7 +109,7 @@ struct Group<'a> {
 struct Row<'a> {
     /// One of them.
     words: &'a [i16],
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for VNNI"))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code, reason = "for VNNI"))]
     bytes: &'a [i8],
     scales: &'a [f32],
     sums: &'a [i32],
@@ -171,7 +185,7 @@ fn portable(p: &Piece<'_>) {
 
 /// Walks through a piece in tiles of some groups times some rows: few rows want many groups, so that enough sums are under
 /// way at once. After `$features` come numbers of groups, most first, each with the numbers of rows that go with it, from 1.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! tiles {
     ($p:expr, $tile:ident, $features:literal, $([$groups:literal: $($rows:literal)*])*) => {{
         #[target_feature(enable = $features)]
@@ -205,6 +219,9 @@ macro_rules! tiles {
         }
     }};
 }
+
+#[cfg(target_arch = "aarch64")]
+mod neon;
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
