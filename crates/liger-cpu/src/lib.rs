@@ -78,7 +78,15 @@ impl Ops for Cpu {
             "V3" => "AVX2",
             other => other,
         };
-        format!("cpu, {} threads, {vectors}", parallel::threads())
+        #[cfg(target_arch = "x86_64")]
+        let narrow = match bfloat::best() {
+            Some(bfloat::Kernel::Amx) => " and AMX",
+            Some(bfloat::Kernel::Avx512Bf16) => " with BF16",
+            None => "",
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let narrow = "";
+        format!("cpu, {} threads, {vectors}{narrow}", parallel::threads())
     }
 
     fn as_any(&self) -> &dyn Any {
