@@ -24,7 +24,7 @@ struct StepSizes {
     int window, sinks, cache_rows;
     // KEPT: rows of the cache before a ring of two windows; those whose keys stay for their scores; farthest before the window.
     int kept_slots, by_score, reach;
-    int together;  // whether shared memory has room for keys and values at once
+    int together;  // whether keys and values are in shared memory at once, or the values after the keys
     int query_map, key_map, gate;
     float divisor, longest, alpha, beta, scale, rope_factor, epsilon;
 };
