@@ -84,17 +84,20 @@ impl DeviceArgs {
             }
             rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
         }
+        let cpu = || -> Arc<dyn Ops> {
+            Arc::new(if self.dtype() == DType::Bf16 { liger_cpu::Cpu::with_bfloat16() } else { liger_cpu::Cpu::new() })
+        };
         let device = self.device.as_str();
         let number = match device.strip_prefix("cuda:") {
             Some(number) => number.parse().ok(),
             None => matches!(device, "auto" | "cuda").then_some(0),
         };
         match (device, number) {
-            ("cpu", _) => Ok(Arc::new(liger_cpu::Cpu::new())),
+            ("cpu", _) => Ok(cpu()),
             (_, Some(_)) if self.dtype().is_quantized() && device != "auto" => {
                 bail!("--dtype: quantised weights are for the CPU; use bf16 on a GPU, or --device cpu")
             }
-            (_, Some(_)) if self.dtype().is_quantized() => Ok(Arc::new(liger_cpu::Cpu::new())),
+            (_, Some(_)) if self.dtype().is_quantized() => Ok(cpu()),
             (_, Some(number)) => match liger_cuda::Cuda::open(number, self.dtype()) {
                 Ok(gpu) => Ok(Arc::new(gpu)),
                 Err(why) if device == "auto" => {
@@ -102,7 +105,7 @@ impl DeviceArgs {
                     if liger_cuda::is_card_there() {
                         eprintln!("on the CPU; the NVIDIA GPU cannot be used: {why}");
                     }
-                    Ok(Arc::new(liger_cpu::Cpu::new()))
+                    Ok(cpu())
                 }
                 Err(why) => bail!("--device {device}: {why}; or use --device cpu"),
             },

@@ -156,7 +156,7 @@ pub(crate) fn glu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, ac
         // SAFETY: the pieces of `gate` do not overlap, and `up` is cut at the same places.
         let up = unsafe { up.slice(start, gate.len()) };
         vectorized!(|| {
-            for ((g, u), d) in gate.iter_mut().zip(up).zip(dout) {
+            for ((g, u), d) in gate.iter_mut().zip(up.iter_mut()).zip(dout) {
                 let x = g.clamp(-SATURATED, SATURATED);
                 let s = sigmoid(x * (a + b * x * x));
                 let (dg, du) = (d * *u * s * (1.0 + x * (a + 3.0 * b * x * x) * (1.0 - s)), d * *g * s);

@@ -11,31 +11,69 @@ use crate::quantized::{self, Quantized};
 
 /// A matrix read through strides.
 #[derive(Clone, Copy)]
-pub(crate) struct Matrix<'a> {
-    data: &'a [f32],
-    row_stride: usize,
-    column_stride: usize,
+pub(crate) struct Matrix<'a, T = f32> {
+    pub(crate) data: &'a [T],
+    pub(crate) row_stride: usize,
+    pub(crate) column_stride: usize,
 }
 
 /// `[rows, stride]`, row by row.
-pub(crate) fn rows(data: &[f32], stride: usize) -> Matrix<'_> {
+pub(crate) fn rows<T>(data: &[T], stride: usize) -> Matrix<'_, T> {
     Matrix { data, row_stride: stride, column_stride: 1 }
 }
 
-impl Matrix<'_> {
+impl<T> Matrix<'_, T> {
     /// The transpose, without moving anything.
     pub(crate) fn t(self) -> Self {
         Self { row_stride: self.column_stride, column_stride: self.row_stride, ..self }
     }
 
-    fn covers(&self, rows: usize, columns: usize) -> bool {
+    pub(crate) fn covers(&self, rows: usize, columns: usize) -> bool {
         rows == 0 || columns == 0 || (rows - 1) * self.row_stride + (columns - 1) * self.column_stride < self.data.len()
+    }
+}
+
+/// How one thread multiplies what is small enough to stay in its caches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Alone {
+    /// In float32.
+    #[default]
+    Full,
+    /// Operands rounded to bfloat16, sums in float32.
+    #[cfg(target_arch = "x86_64")]
+    Rounded(bfloat::Kernel),
+}
+
+impl Alone {
+    /// Rounded, if this CPU multiplies bfloat16.
+    pub(crate) fn rounded() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(kernel) = bfloat::best() {
+            return Self::Rounded(kernel);
+        }
+        Self::Full
+    }
+
+    /// `c = scale a b (+ c)`; c `[m, n]` with rows `c_stride` apart, a `[m, k]`, b `[k, n]`.
+    pub(crate) fn matmul(
+        self,
+        (c, c_stride): (&mut [f32], usize),
+        sizes: (usize, usize, usize),
+        (a, b): (Matrix<'_>, Matrix<'_>),
+        scale: f32,
+        accumulate: bool,
+    ) {
+        match self {
+            Self::Full => matmul(c, c_stride, sizes, a, b, scale, accumulate, gemm::Parallelism::None),
+            #[cfg(target_arch = "x86_64")]
+            Self::Rounded(kernel) => bfloat::product_alone(kernel, (c, c_stride), sizes, (a, b), scale, accumulate),
+        }
     }
 }
 
 /// `c = scale a b (+ c)`; c `[m, n]` with rows `c_stride` apart, a `[m, k]`, b `[k, n]`.
 #[allow(clippy::too_many_arguments)]
-pub(crate) fn matmul(
+fn matmul(
     c: &mut [f32],
     c_stride: usize,
     (m, n, k): (usize, usize, usize),

@@ -50,12 +50,20 @@ use crate::quantized::Quantized;
 pub struct Cpu {
     pool: Arc<Pool>,
     profile: profile::Profile,
+    /// How attention and the recurrence multiply.
+    alone: gemm::Alone,
 }
 
 impl Cpu {
     /// The CPU, on as many threads as the global rayon pool has.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The CPU, for bfloat16 weights: where it multiplies bfloat16, products inside attention and recurrence round their operands to it, as
+    /// those with the weights do. Sums, softmax, gates and states stay float32.
+    pub fn with_bfloat16() -> Self {
+        Self { alone: gemm::Alone::rounded(), ..Self::default() }
     }
 
     /// Measures every operation from now on.
@@ -248,7 +256,7 @@ impl Ops for Cpu {
         cache: Option<&mut KeyValueCache>,
         _statistics: Option<&mut Tensor>,
     ) -> Result<()> {
-        self.profile.time("attention_forward", || attention::forward(out, inputs, cache))
+        self.profile.time("attention_forward", || attention::forward(out, inputs, cache, self.alone))
     }
 
     fn attention_backward(
@@ -259,7 +267,7 @@ impl Ops for Cpu {
         _statistics: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
-        self.profile.time("attention_backward", || attention::backward(gradients, inputs, dout))
+        self.profile.time("attention_backward", || attention::backward(gradients, inputs, dout, self.alone))
     }
 
     fn key_novelty(
@@ -317,7 +325,7 @@ impl Ops for Cpu {
         state: Option<&mut Tensor>,
         _kept: Option<&mut Tensor>,
     ) -> Result<()> {
-        self.profile.time("gated_recurrence_forward", || recurrence::forward(out, inputs, state))
+        self.profile.time("gated_recurrence_forward", || recurrence::forward(out, inputs, state, self.alone))
     }
 
     fn gated_recurrence_backward(
@@ -328,7 +336,8 @@ impl Ops for Cpu {
         _kept: Option<&Tensor>,
         dout: &Tensor,
     ) -> Result<()> {
-        self.profile.time("gated_recurrence_backward", || recurrence::backward(gradients, inputs, initial, dout))
+        self.profile
+            .time("gated_recurrence_backward", || recurrence::backward(gradients, inputs, initial, dout, self.alone))
     }
 
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {

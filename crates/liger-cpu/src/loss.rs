@@ -112,7 +112,7 @@ pub(crate) fn adamw(tensors: &mut AdamwParameter<'_>, step: AdamwStep) -> Result
         // SAFETY: the moments are cut at the places where `parameter` is.
         let (first, second) = unsafe { (first.slice(start, parameter.len()), second.slice(start, parameter.len())) };
         vectorized!(|| {
-            for (((w, g), m), v) in parameter.iter_mut().zip(gradient).zip(first).zip(second) {
+            for (((w, g), m), v) in parameter.iter_mut().zip(gradient).zip(first.iter_mut()).zip(second.iter_mut()) {
                 let g = g * gradient_scale;
                 *m = beta1 * *m + (1.0 - beta1) * g;
                 *v = beta2 * *v + (1.0 - beta2) * g * g;

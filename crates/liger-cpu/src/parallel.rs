@@ -55,10 +55,26 @@ pub(crate) fn for_rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f
 /// for them: functions that it calls must be `#[inline(always)]`.
 macro_rules! vectorized {
     (|| $body:expr $(,)?) => {
-        pulp::Arch::new().dispatch(
+        $crate::parallel::vectorize(
             #[inline(always)]
             || $body,
         )
     };
 }
 pub(crate) use vectorized;
+
+/// What [`vectorized!`] calls. `FnMut`, though called once: taken as `FnOnce`, a closure that could be called again gets a function
+/// of its own around it, which is compiled without the vectors, and its body with it.
+#[inline(always)]
+pub(crate) fn vectorize<R>(f: impl FnMut() -> R) -> R {
+    struct Loops<F>(F);
+    impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Loops<F> {
+        type Output = R;
+
+        #[inline(always)]
+        fn call(mut self) -> R {
+            (self.0)()
+        }
+    }
+    pulp::Arch::new().dispatch(Loops(f))
+}

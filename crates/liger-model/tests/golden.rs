@@ -11,14 +11,15 @@ use liger_model::checkpoint::{SafetensorsFiles, SaveFormat, load_adapter, save_m
 use liger_model::{Adapter, Checkpoint, Decoder, Recompute, State, TensorSource};
 use liger_tensor::{DType, Ops, Sequences, Tensor};
 
-/// The device and its tolerance: `LIGER_TEST_DEVICE` is `cpu` (or not set), `cuda` (float32) or `cuda-bf16`.
+/// The device and its tolerance: `LIGER_TEST_DEVICE` is `cpu` (or not set), `cpu-bf16`, `cuda` (float32) or `cuda-bf16`.
 fn device() -> (Arc<dyn Ops>, DType, f64) {
     let gpu = |dtype| Arc::new(liger_cuda::Cuda::open(0, dtype).unwrap_or_else(|e| panic!("{e}")));
     match std::env::var("LIGER_TEST_DEVICE").as_deref() {
         Err(_) | Ok("cpu") => (Arc::new(Cpu::new()), DType::F32, 1e-4),
+        Ok("cpu-bf16") => (Arc::new(Cpu::with_bfloat16()), DType::Bf16, 2e-2),
         Ok("cuda") => (gpu(DType::F32), DType::F32, 1e-4),
         Ok("cuda-bf16") => (gpu(DType::Bf16), DType::Bf16, 2e-2),
-        Ok(other) => panic!("LIGER_TEST_DEVICE: found `{other}`, expected cpu, cuda or cuda-bf16"),
+        Ok(other) => panic!("LIGER_TEST_DEVICE: found `{other}`, expected cpu, cpu-bf16, cuda or cuda-bf16"),
     }
 }
 

@@ -47,7 +47,7 @@ impl Turns {
     pub(super) fn turn(&self, key: &mut [f32], by: i64) {
         let (first, second) = key.split_at_mut(self.0.len());
         vectorized!(|| {
-            for ((x, y), frequency) in first.iter_mut().zip(second).zip(&self.0) {
+            for ((x, y), frequency) in first.iter_mut().zip(second.iter_mut()).zip(&self.0) {
                 let (sin, cos) = sin_cos_of_revolutions(by as f64 * frequency);
                 (*x, *y) = (*x * cos - *y * sin, *y * cos + *x * sin);
             }

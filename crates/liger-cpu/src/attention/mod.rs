@@ -17,7 +17,7 @@ pub(crate) use self::kept::novelty;
 use self::kept::{Held, Kept, Key, Turns};
 use crate::dots;
 use crate::elementwise::softmax_backward_row;
-use crate::gemm::{matmul, rows};
+use crate::gemm::{Alone, rows};
 use crate::math::{add_scaled, exp, maximum, softmax};
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
@@ -118,13 +118,20 @@ fn turns_of(inputs: &Attention<'_>) -> Result<Turns> {
 }
 
 /// Scores of one block, soft-maxed: row (i, g) against the visible keys.
-fn probabilities(q: &[f32], k: &[f32], spec: AttentionSpec, from: usize, seen: &[Seen], h: Heads) -> Vec<f32> {
+fn probabilities(
+    (q, k): (&[f32], &[f32]),
+    spec: AttentionSpec,
+    from: usize,
+    seen: &[Seen],
+    h: Heads,
+    alone: Alone,
+) -> Vec<f32> {
     let (group, n) = (h.group(), seen.len());
     let count = q.len() / h.dim;
     let mut scores = vec![0.0f32; count * n];
     let scale = 1.0 / (h.dim as f32).sqrt();
     let sizes = (count, n, h.dim);
-    matmul(&mut scores, n, sizes, rows(q, h.dim), rows(k, h.dim).t(), scale, false, gemm::Parallelism::None);
+    alone.matmul((&mut scores, n), sizes, (rows(q, h.dim), rows(k, h.dim).t()), scale, false);
     // The last keys are those of neighbouring tokens, up to the block's last one; all that stand before them are seen by all.
     let to = from + count / group;
     let window_keys = seen.iter().rev().zip((0..to).rev()).take_while(|(seen, t)| seen.key == Key::At(*t)).count();
@@ -155,7 +162,12 @@ fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<u
     rows
 }
 
-pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option<&mut KeyValueCache>) -> Result<()> {
+pub(crate) fn forward(
+    out: &mut Tensor,
+    inputs: Attention<'_>,
+    mut cache: Option<&mut KeyValueCache>,
+    alone: Alone,
+) -> Result<()> {
     let Attention { q, k, v, keeping, sequences, spec } = inputs;
     let heads = checks::attention("attention_forward", &inputs, cache.is_some())?;
     same_length("attention_forward", out, q)?;
@@ -195,12 +207,12 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Attention<'_>, mut cache: Option
         let oldest = if past.is_some() { 0 } else { sequence.position };
         let seen = visible(spec, kept, oldest, from, to);
         let queries = gather_queries(q, heads, head, sequence.start + first..sequence.start + last);
-        let p = probabilities(&queries, &keys.gather_keys(&seen, &turns), spec, from, &seen, heads);
+        let p = probabilities((&queries, &keys.gather_keys(&seen, &turns)), spec, from, &seen, heads, alone);
         let (count, d) = (queries.len() / heads.dim, heads.dim);
         let mut block = queries; // its memory takes the result
         let values = values.gather(&seen);
         let sizes = (count, d, seen.len());
-        matmul(&mut block, d, sizes, rows(&p, seen.len()), rows(&values, d), 1.0, false, gemm::Parallelism::None);
+        alone.matmul((&mut block, d), sizes, (rows(&p, seen.len()), rows(&values, d)), 1.0, false);
         let width = heads.group() * d;
         for (t, row) in block.chunks_exact(width).enumerate() {
             // SAFETY: each (token, head) belongs to exactly one task.
@@ -355,7 +367,12 @@ fn step(
 }
 
 /// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
-pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>, dout: &Tensor) -> Result<()> {
+pub(crate) fn backward(
+    gradients: AttentionGradients<'_>,
+    inputs: Attention<'_>,
+    dout: &Tensor,
+    alone: Alone,
+) -> Result<()> {
     const NAME: &str = "attention_backward";
     let Attention { q, k, v, sequences, spec, .. } = inputs;
     let AttentionGradients { q: dq, k: dk, v: dv } = gradients;
@@ -370,7 +387,6 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
         (Disjoint::new(dq.as_f32_mut()?), Disjoint::new(dk.as_f32_mut()?), Disjoint::new(dv.as_f32_mut()?));
     let d = heads.dim;
     let width = heads.group() * d;
-    let alone = gemm::Parallelism::None;
     // Blocks of one head add to the gradients of the same keys: where there are few heads, several runs of blocks do so apart.
     let pairs = sequences.list().len() * heads.kv;
     let runs = (4 * threads()).div_ceil(pairs.max(1));
@@ -392,20 +408,20 @@ pub(crate) fn backward(gradients: AttentionGradients<'_>, inputs: Attention<'_>,
             let queries = gather_queries(q, heads, head, block.clone());
             let dblock = gather_queries(dout, heads, head, block);
             let (count, n) = (queries.len() / d, seen.len());
-            let p = probabilities(&queries, &keys, spec, start + first, &seen, heads);
+            let p = probabilities((&queries, &keys), spec, start + first, &seen, heads, alone);
 
             let mut block_dv = vec![0.0f32; n * d];
-            matmul(&mut block_dv, d, (n, d, count), rows(&p, n).t(), rows(&dblock, d), 1.0, false, alone);
+            alone.matmul((&mut block_dv, d), (n, d, count), (rows(&p, n).t(), rows(&dblock, d)), 1.0, false);
             let mut ds = vec![0.0f32; count * n];
-            matmul(&mut ds, n, (count, n, d), rows(&dblock, d), rows(&values, d).t(), 1.0, false, alone);
+            alone.matmul((&mut ds, n), (count, n, d), (rows(&dblock, d), rows(&values, d).t()), 1.0, false);
             vectorized!(|| {
                 ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).for_each(|(ds, p)| softmax_backward_row(ds, p));
             },);
             let scale = 1.0 / (d as f32).sqrt();
             let mut block_dq = vec![0.0f32; count * d];
-            matmul(&mut block_dq, d, (count, d, n), rows(&ds, n), rows(&keys, d), scale, false, alone);
+            alone.matmul((&mut block_dq, d), (count, d, n), (rows(&ds, n), rows(&keys, d)), scale, false);
             let mut block_dk = vec![0.0f32; n * d];
-            matmul(&mut block_dk, d, (n, d, count), rows(&ds, n).t(), rows(&queries, d), scale, false, alone);
+            alone.matmul((&mut block_dk, d), (n, d, count), (rows(&ds, n).t(), rows(&queries, d)), scale, false);
 
             for (i, seen) in seen.iter().enumerate() {
                 let Key::At(position) = seen.key else { continue };

@@ -1,16 +1,24 @@
-//! By the matrix units: 32 rows times 32 outputs in four tiles of 16 x 16 sums, 32 terms at a time. The instructions are written
+//! By the matrix units: 32 rows times 16 outputs in two tiles of 16 x 16 sums, 32 terms at a time. The instructions are written
 //! as text, for the compiler does not offer them yet.
 //!
-//! All panels go by 32 rows before the next 32 are looked at: those rows stay in the first cache, and the sums of neighbouring
-//! panels are neighbours.
+//! Four tiles of sums would need a third fewer loads, but they take all eight tiles, and where another program runs on the other
+//! half of the core, a thread has few more than eight to rename: its loads then wait for its products, which take four times as
+//! long. With four tiles in use they take twice as long.
+//!
+//! All panels go by 32 rows before the next 32 are looked at, some terms at a time: those of the rows stay in the first cache, and
+//! the sums of neighbouring panels are neighbours.
 
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
+use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::{Block, PANEL, STEP, Work};
+use super::{Block, STEP, Work};
 
-const SIDE: usize = 16;
+/// Rows of a tile, and outputs of a panel.
+pub(super) const SIDE: usize = 16;
+/// Terms of 32 rows that stay in the first cache while panels go by, also where two threads share it.
+const DEPTH: usize = 320;
 
 /// Whether the CPU has tiles for bfloat16 and the system lets this program use them.
 pub(super) fn is_there() -> bool {
@@ -42,7 +50,7 @@ fn may_use_tiles() -> bool {
     false
 }
 
-/// Palette 1, with rows and bytes a row of the eight tiles: 0 to 3 are sums, 4 and 5 rows, 6 and 7 outputs.
+/// Palette 1, with rows and bytes a row of the eight tiles: 0 and 1 are sums, 2 rows, 3 outputs.
 #[repr(C, align(64))]
 struct Configuration {
     palette: u8,
@@ -55,111 +63,94 @@ struct Configuration {
 /// # Safety
 /// [`is_there`] must have said so.
 pub(super) unsafe fn multiply(work: Work<'_>) {
-    let terms = work.terms;
-    assert!(terms.is_multiple_of(STEP) && (work.rows == 0 || work.a.len() >= (work.rows - 1) * work.stride + terms));
-    let mut apart = [0.0f32; 2 * SIDE * PANEL];
-    let mut configured = [0; 2];
-    let mut row = 0;
-    while row < work.rows {
-        let rows = [SIDE.min(work.rows - row), SIDE.min((work.rows - row).saturating_sub(SIDE))];
-        if rows != configured {
-            // SAFETY: as this function's.
-            unsafe { configure(rows) };
-            configured = rows;
-        }
-        let last = row + rows[0] + rows[1];
-        for p in work.panels() {
-            // Sums of whole panels go straight to where they belong.
-            if p.scale == 1.0 && p.count == PANEL {
-                // Both ends are looked at; the tiles write the panel's columns of the rows between.
-                let (first, _) = (p.outputs(row).as_mut_ptr(), p.outputs(last - 1));
-                // SAFETY: as this function's; all memory that the tiles cover was looked at.
-                unsafe { tiles(&p, row, rows, terms, (first, p.width), p.accumulate) };
-            } else {
-                // SAFETY: as above.
-                unsafe { tiles(&p, row, rows, terms, (apart.as_mut_ptr(), PANEL), false) };
-                apart.chunks_exact(PANEL).zip(row..last).for_each(|(sums, row)| p.store(row, sums));
+    let (terms, blocks) = (work.terms, work.rows.div_ceil(SIDE));
+    assert!(
+        terms.is_multiple_of(STEP) && (blocks == 0 || work.a.len() >= SIDE * ((blocks - 1) * work.stride + terms / 2))
+    );
+    let mut apart = [0.0f32; 2 * SIDE * SIDE];
+    // Terms are cut evenly.
+    let depth = terms.div_ceil(terms.div_ceil(DEPTH).max(1)).next_multiple_of(STEP);
+    // SAFETY: as this function's.
+    unsafe { configure() };
+    for row in (0..work.rows).step_by(2 * SIDE) {
+        let rows = row..work.rows.min(row + 2 * SIDE);
+        for from in (0..terms).step_by(depth) {
+            let terms = from..terms.min(from + depth);
+            for p in (Work { accumulate: work.accumulate || from > 0, ..work }).panels() {
+                // Sums of whole tiles go straight to where they belong.
+                if p.scale == 1.0 && p.count == SIDE && rows.len() == 2 * SIDE {
+                    // Both ends are looked at; the tiles write the panel's columns of the rows between.
+                    let (out, _) = (p.outputs(row).as_mut_ptr(), p.outputs(rows.end - 1));
+                    // SAFETY: as this function's; all memory that the tiles cover was looked at.
+                    unsafe { tiles(&p, rows.clone(), terms.clone(), (out, p.width), p.accumulate) };
+                } else {
+                    // SAFETY: as above.
+                    unsafe { tiles(&p, rows.clone(), terms.clone(), (apart.as_mut_ptr(), SIDE), false) };
+                    apart.chunks_exact(SIDE).zip(rows.clone()).for_each(|(sums, row)| p.store(row, sums));
+                }
             }
         }
-        row = last;
     }
     // SAFETY: gives the tiles' state up; a thread that holds it is slower to switch.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 
-/// Tiles for so many rows.
-///
 /// # Safety
 /// [`is_there`] must have said so.
-unsafe fn configure(rows: [usize; 2]) {
+unsafe fn configure() {
     let mut configuration =
         Configuration { palette: 1, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    let second = rows[1].max(1);
-    for (tile, of) in [rows[0], rows[0], second, second, rows[0], second, SIDE, SIDE].into_iter().enumerate() {
-        configuration.row_bytes[tile] = 64;
-        configuration.rows[tile] = of as u8;
-    }
+    configuration.row_bytes[..4].fill(64);
+    configuration.rows[..4].fill(SIDE as u8);
     // SAFETY: the caller's promise; the tiles are nobody else's in this thread.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
 }
 
-/// Sums `[rows, 32]` of one or two tiles of rows, to `c` with rows so many floats apart, or added to what is there.
+/// Sums `[32, 16]` of two tiles of rows, to `c` with rows so many floats apart, or added to what is there. Rows behind `rows` are
+/// whatever lies there.
 ///
 /// # Safety
-/// The tiles must be configured for `rows`; `p` must hold that many rows from `row` on, of `terms` terms, and `c` have place
-/// for them.
+/// The tiles must be configured; `p` must hold the tiles of these rows and terms, and `c` have place for two tiles.
 unsafe fn tiles(
     p: &Block<'_>,
-    row: usize,
-    rows: [usize; 2],
-    terms: usize,
+    rows: Range<usize>,
+    terms: Range<usize>,
     (c, c_width): (*mut f32, usize),
     accumulate: bool,
 ) {
-    // Where there is no second tile of rows, it is the first row again, and so are its sums.
-    let second = if rows[1] > 0 { SIDE } else { 0 };
-    let a = p.a[row * p.stride..].as_ptr();
+    // Where there is no second tile of rows, it is the first one again.
+    let second = if rows.len() > SIDE { SIDE } else { 0 };
+    let a = p.a[rows.start * p.stride + terms.start / 2 * SIDE..].as_ptr();
     // SAFETY: the caller's promises.
     unsafe {
         asm!(
             "test {accumulate}, {accumulate}", "jnz 3f",
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "tilezero tmm0", "tilezero tmm1",
             "jmp 2f",
             "3:",
             "tileloadd tmm0, [{c} + {c_stride}*1]",
-            "tileloadd tmm1, [{c} + {c_stride}*1 + 64]",
-            "tileloadd tmm2, [{c2} + {c_stride}*1]",
-            "tileloadd tmm3, [{c2} + {c_stride}*1 + 64]",
+            "tileloadd tmm1, [{c2} + {c_stride}*1]",
             "2:",
-            "tileloadd tmm6, [{b} + {width}*1]",
-            "tileloadd tmm4, [{a} + {a_stride}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{b} + {width}*1 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{a2} + {a_stride}*1]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "add {a}, 64", "add {a2}, 64", "add {b}, {b_step}",
+            "tileloadd tmm3, [{b} + {line}*1]",
+            "tileloadd tmm2, [{a} + {line}*1]",
+            "tdpbf16ps tmm0, tmm2, tmm3",
+            "tileloadd tmm2, [{a2} + {line}*1]",
+            "tdpbf16ps tmm1, tmm2, tmm3",
+            "add {a}, 1024", "add {a2}, 1024", "add {b}, 1024",
             "dec {steps}", "jnz 2b",
-            // The second tiles first: where they are the first row again, the first ones overwrite it.
-            "tilestored [{c2} + {c_stride}*1], tmm2",
-            "tilestored [{c2} + {c_stride}*1 + 64], tmm3",
             "tilestored [{c} + {c_stride}*1], tmm0",
-            "tilestored [{c} + {c_stride}*1 + 64], tmm1",
+            "tilestored [{c2} + {c_stride}*1], tmm1",
             accumulate = in(reg) usize::from(accumulate),
             a = inout(reg) a => _,
             a2 = inout(reg) a.add(second * p.stride) => _,
-            a_stride = in(reg) 2 * p.stride,
-            b = inout(reg) p.b.as_ptr() => _,
-            b_step = const 4 * PANEL * SIDE,
-            // Bytes of a row of a panel.
-            width = in(reg) 4 * PANEL,
-            steps = inout(reg) terms / STEP => _,
+            b = inout(reg) p.b[terms.start / 2 * SIDE..].as_ptr() => _,
+            // Bytes of a row of a tile that lies in one piece.
+            line = in(reg) 64usize,
+            steps = inout(reg) terms.len() / STEP => _,
             c = in(reg) c,
-            c2 = in(reg) c.add(second * c_width),
+            c2 = in(reg) c.add(SIDE * c_width),
             c_stride = in(reg) 4 * c_width,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         );
     }

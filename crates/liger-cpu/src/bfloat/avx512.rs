@@ -5,16 +5,15 @@
 
 use std::arch::x86_64::{
     __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_ps,
-    _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
 use std::ops::Range;
 
-use half::bf16;
+use super::{Block, Work};
 
-use super::{Block, PANEL, Pair, Work};
-
+/// Outputs of a panel.
+pub(super) const PANEL: usize = 32;
 const MOST_ROWS: usize = 12;
 
 /// Bytes of rows that stay in a core's second cache while the panels go by, one after the other.
@@ -66,11 +65,11 @@ fn numbers(bits: __m512i) -> __m512bh {
 #[inline]
 fn tile<const R: usize>(p: &Block<'_>, row: usize) {
     let pairs = p.terms / 2;
-    assert!(p.b.len() >= pairs * PANEL && p.a.len() >= (row + R - 1) * p.stride + 2 * pairs, "rows of a tile");
-    let mut a = [p.a.as_ptr().cast::<i32>(); R];
+    assert!(p.b.len() >= pairs * PANEL && p.a.len() >= (row + R - 1) * p.stride + pairs, "rows of a tile");
+    let mut a = [p.a.as_ptr(); R];
     for r in 0..R {
-        // SAFETY: inside, as asserted; a row begins at a multiple of two elements.
-        a[r] = unsafe { p.a.as_ptr().add((row + r) * p.stride).cast() };
+        // SAFETY: inside, as asserted.
+        a[r] = unsafe { p.a.as_ptr().add((row + r) * p.stride) };
     }
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
     for pair in 0..pairs {
@@ -81,7 +80,7 @@ fn tile<const R: usize>(p: &Block<'_>, row: usize) {
         };
         for r in 0..R {
             // SAFETY: two terms of a row that was asserted to have them.
-            let terms = numbers(_mm512_set1_epi32(unsafe { a[r].add(pair).read_unaligned() }));
+            let terms = numbers(_mm512_set1_epi32(unsafe { a[r].add(pair).read() } as i32));
             for half in 0..2 {
                 sums[r][half] = _mm512_dpbf16_ps(sums[r][half], terms, b[half]);
             }
@@ -106,44 +105,5 @@ fn tile<const R: usize>(p: &Block<'_>, row: usize) {
         if p.count < PANEL {
             p.store(row + r, &last);
         }
-    }
-}
-
-/// Pairs `[16 outputs, 16]`, rows `stride` apart, into `[16, 16 outputs]` of rows of a panel.
-///
-/// # Safety
-/// `from` must have 16 rows of 16 pairs, `to` as many rows of a panel.
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn transpose(to: *mut Pair, from: *const bf16, stride: usize) {
-    let mut x = [_mm512_setzero_si512(); 16];
-    for i in 0..16 {
-        // SAFETY: the caller's promise.
-        x[i] = unsafe { _mm512_loadu_si512(from.add(i * stride).cast()) };
-    }
-    // Twos, fours, then whole quarters of vectors change places.
-    let mut y = x;
-    for i in (0..16).step_by(2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    for i in (0..16).step_by(4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-    for i in 0..4 {
-        for four in [0, 8] {
-            y[four + i] = _mm512_shuffle_i32x4::<0b10_00_10_00>(x[four + i], x[four + 4 + i]);
-            y[four + 4 + i] = _mm512_shuffle_i32x4::<0b11_01_11_01>(x[four + i], x[four + 4 + i]);
-        }
-    }
-    for i in 0..8 {
-        x[i] = _mm512_shuffle_i32x4::<0b10_00_10_00>(y[i], y[8 + i]);
-        x[8 + i] = _mm512_shuffle_i32x4::<0b11_01_11_01>(y[i], y[8 + i]);
-    }
-    for i in 0..16 {
-        // SAFETY: the caller's promise.
-        unsafe { _mm512_storeu_si512(to.add(i * PANEL).cast(), x[i]) };
     }
 }

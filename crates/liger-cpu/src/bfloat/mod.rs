@@ -1,25 +1,26 @@
 //! Products with bfloat16 weights on CPUs that multiply bfloat16 themselves: activations are rounded to it, sums are float32.
 //!
-//! The weights are cut into panels of 32 outputs. A task packs some panels, some terms of the sum at a time, into memory that
+//! The weights are cut into panels of 16 or 32 outputs. A task packs some panels, some terms of the sum at a time, into memory that
 //! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing
 //! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
 mod amx;
 mod avx512;
+mod pack;
 
 use std::cell::Cell;
+use std::ops::Range;
 
-use bytemuck::{Pod, Zeroable};
 use half::bf16;
 use liger_tensor::{Gemm, Lines};
 
-use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
+use self::pack::{Layout, Pair, ROWS, Source, pack};
+use crate::gemm::{Matrix, rows};
+use crate::parallel::{Disjoint, for_tasks, threads};
 
 /// Tasks that each thread gets at least, where there are so many panels.
 const TASKS: usize = 2;
-/// Outputs of a panel.
-const PANEL: usize = 32;
-/// Terms that one step of a kernel takes at most: what is packed is filled up to it with zeros.
+/// Terms that one step of a kernel takes: what is packed is filled up to it with zeros.
 const STEP: usize = 32;
 
 /// Instructions for sums of products of bfloat16.
@@ -32,6 +33,26 @@ pub(crate) enum Kernel {
 }
 
 impl Kernel {
+    /// Outputs of a panel.
+    fn panel(self) -> usize {
+        match self {
+            Self::Amx => amx::SIDE,
+            Self::Avx512Bf16 => avx512::PANEL,
+        }
+    }
+
+    /// Rows of activations that lie together.
+    fn rows_together(self) -> usize {
+        match self {
+            Self::Amx => amx::SIDE,
+            Self::Avx512Bf16 => 1,
+        }
+    }
+
+    fn rows_layout(self) -> Layout {
+        Layout::Rows { together: self.rows_together() }
+    }
+
     /// Terms that are packed at once, and bytes of panels that stay in a core's second cache beside what else has to.
     fn depth_and_cached(self) -> (usize, usize) {
         match self {
@@ -43,11 +64,14 @@ impl Kernel {
 
 /// Those that this CPU has, best first.
 pub(crate) fn available() -> Vec<Kernel> {
+    let has_vectors = is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl");
     let mut list = Vec::new();
-    if amx::is_there() {
+    if has_vectors && amx::is_there() {
         list.push(Kernel::Amx);
     }
-    if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw") {
+    if has_vectors {
         list.push(Kernel::Avx512Bf16);
     }
     list
@@ -62,12 +86,13 @@ pub(crate) fn best() -> Option<Kernel> {
 /// What a kernel adds up: `c [m, count] (+)= scale a [m, terms] b [terms, count]`.
 #[derive(Clone, Copy)]
 struct Work<'a> {
-    /// `[m, stride]` bfloat16, from the first term on; `terms` of each row are read, filled up to a multiple of [`STEP`].
-    a: &'a [bf16],
+    /// Rows in the order of [`Kernel::rows_together`], from the first term on; a row has `stride` pairs in all.
+    a: &'a [Pair],
     stride: usize,
     rows: usize,
-    /// Panels `[terms / 2, PANEL, 2]`, one after the other.
+    /// Panels `[terms / 2, panel]`, one after the other.
     b: &'a [Pair],
+    panel: usize,
     terms: usize,
     /// Where the outputs of the first row are, and how far apart rows are.
     c: &'a Disjoint<'a>,
@@ -81,9 +106,9 @@ struct Work<'a> {
 impl<'a> Work<'a> {
     /// That of each panel.
     fn panels(self) -> impl Iterator<Item = Block<'a>> {
-        let panels = self.b.chunks_exact(self.terms / 2 * PANEL).zip((0..self.count).step_by(PANEL));
+        let panels = self.b.chunks_exact(self.terms / 2 * self.panel).zip((0..self.count).step_by(self.panel));
         panels.map(move |(b, first)| {
-            Block(Work { b, first: self.first + first, count: PANEL.min(self.count - first), ..self })
+            Block(Work { b, first: self.first + first, count: self.panel.min(self.count - first), ..self })
         })
     }
 }
@@ -99,11 +124,6 @@ impl<'a> std::ops::Deref for Block<'a> {
     }
 }
 
-/// Two neighbouring terms of one output.
-#[derive(Clone, Copy, Default, Pod, Zeroable)]
-#[repr(transparent)]
-struct Pair(u32);
-
 impl Block<'_> {
     /// The panel's outputs of a row.
     #[allow(clippy::mut_from_ref)]
@@ -112,7 +132,7 @@ impl Block<'_> {
         unsafe { self.c.slice(row * self.width + self.first, self.count) }
     }
 
-    /// Sums of up to 32 outputs of a row.
+    /// The panel's sums of a row.
     fn store(&self, row: usize, sums: &[f32]) {
         for (out, sum) in self.outputs(row).iter_mut().zip(sums) {
             *out = self.scale * sum + if self.accumulate { *out } else { 0.0 };
@@ -124,48 +144,96 @@ impl Block<'_> {
 pub(crate) fn product(kernel: Kernel, c: &mut [f32], a: &[f32], b: &[bf16], sizes: (usize, usize, usize), how: Gemm) {
     let (m, n, k) = sizes;
     assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k, "bfloat16 product {m} x {k} x {n}");
-    let stride = k.next_multiple_of(STEP);
+    // `[outputs, terms]`
+    let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
+    let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel());
     let mut rounded = ROUNDED.take();
-    rounded.reserve::<bf16>(m * stride);
-    let narrow = &mut rounded.as_mut_slice()[..m * stride];
-    round(narrow, a, k, stride);
-    let (a, c) = (&*narrow, &Disjoint::new(c));
-    let (depth, cached) = kernel.depth_and_cached();
-    let depth = depth.min(stride);
-    // As many panels together as stay in the cache, if that leaves every thread some tasks.
-    let panels = n.div_ceil(PANEL);
-    let together = (cached / (2 * depth * PANEL)).min(panels / (TASKS * threads())).max(1);
-    for_tasks(panels.div_ceil(together), |task| {
-        let panels = task * together..panels.min((task + 1) * together);
-        let mut panels_memory = PACKED.take();
-        panels_memory.reserve::<Pair>(together * depth / 2 * PANEL);
-        let packed = panels_memory.as_mut_slice::<Pair>();
-        let first = panels.start * PANEL;
-        let count = n.min(panels.end * PANEL) - first;
-        for from in (0..k).step_by(depth) {
-            let terms = depth.min(k - from);
-            let panel_len = terms.next_multiple_of(STEP) / 2 * PANEL;
-            for (panel, packed) in panels.clone().zip(packed.chunks_exact_mut(panel_len)) {
-                let (first, count) = (panel * PANEL, PANEL.min(n - panel * PANEL));
-                if how.transpose_b {
-                    pack_rows(packed, &b[first * k..(first + count) * k], k, from, terms);
-                } else {
-                    pack_columns(packed, &b[from * n..(from + terms) * n], n, first, count);
-                }
-            }
-            let (a, b) = (&a[from..], &packed[..panels.len() * panel_len]);
-            let (terms, scale, accumulate) = (terms.next_multiple_of(STEP), how.scale, how.accumulate || from > 0);
-            let work = Work { a, stride, rows: m, b, terms, c, first, width: n, count, scale, accumulate };
-            match kernel {
-                // SAFETY: `available` found the instructions.
-                Kernel::Amx => unsafe { amx::multiply(work) },
-                // SAFETY: as above.
-                Kernel::Avx512Bf16 => unsafe { avx512::multiply(work) },
-            }
+    let rounded_rows = m.next_multiple_of(ROWS);
+    rounded.reserve::<Pair>(rounded_rows * stride);
+    let all = Disjoint::new(&mut rounded.as_mut_slice::<Pair>()[..rounded_rows * stride]);
+    for_tasks(m.div_ceil(ROWS), |block| {
+        let block = block * ROWS..m.min((block + 1) * ROWS);
+        // SAFETY: tasks have distinct rows, and `available` found the instructions.
+        unsafe {
+            let to = all.slice(block.start * stride, ROWS * stride);
+            pack(to, kernel.rows_layout(), rows(a, k), block, 0..k);
         }
-        PACKED.set(panels_memory);
+    });
+    let (a, c) = (&*rounded.as_mut_slice::<Pair>(), &Disjoint::new(c));
+    let (depth, cached) = kernel.depth_and_cached();
+    let depth = depth.min(2 * stride);
+    // As many panels together as stay in the cache, if that leaves every thread some tasks.
+    let panels = n.div_ceil(panel);
+    let together = (cached / (2 * depth * panel)).min(panels / (TASKS * threads())).max(1);
+    for_tasks(panels.div_ceil(together), |task| {
+        let outputs = task * together * panel..n.min((task + 1) * together * panel);
+        let mut packed = PACKED.take();
+        for from in (0..k).step_by(depth) {
+            let terms = from..k.min(from + depth);
+            let b = packed_panels(kernel, &mut packed, b, outputs.clone(), terms.clone());
+            let (a, terms) = (&a[from / 2 * kernel.rows_together()..], terms.len().next_multiple_of(STEP));
+            let (first, count, scale) = (outputs.start, outputs.len(), how.scale);
+            let accumulate = how.accumulate || from > 0;
+            multiply(
+                kernel,
+                Work { a, stride, rows: m, b, panel, terms, c, first, width: n, count, scale, accumulate },
+            );
+        }
+        PACKED.set(packed);
     });
     ROUNDED.set(rounded);
+}
+
+/// `c [m, n] = scale a [m, k] b [k, n] (+ c)` by this thread alone, both operands rounded; rows of c are `width` apart.
+pub(crate) fn product_alone(
+    kernel: Kernel,
+    (c, width): (&mut [f32], usize),
+    (m, n, k): (usize, usize, usize),
+    (a, b): (Matrix<'_>, Matrix<'_>),
+    scale: f32,
+    accumulate: bool,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel());
+    let (mut rounded, mut packed) = (ROUNDED.take(), PACKED.take());
+    rounded.reserve::<Pair>(m.next_multiple_of(ROWS) * stride);
+    let narrow = rounded.as_mut_slice::<Pair>();
+    // SAFETY: `available` found the instructions.
+    unsafe { pack(narrow, kernel.rows_layout(), a, 0..m, 0..k) };
+    let b = packed_panels(kernel, &mut packed, b.t(), 0..n, 0..k);
+    let (c, terms) = (&Disjoint::new(c), 2 * stride);
+    let a = &*narrow;
+    multiply(kernel, Work { a, stride, rows: m, b, panel, terms, c, first: 0, width, count: n, scale, accumulate });
+    PACKED.set(packed);
+    ROUNDED.set(rounded);
+}
+
+/// Panels of some outputs of `b [outputs, terms]`.
+fn packed_panels<'a, S: Source>(
+    kernel: Kernel,
+    memory: &'a mut Lines,
+    b: Matrix<'_, S>,
+    outputs: Range<usize>,
+    terms: Range<usize>,
+) -> &'a [Pair] {
+    let panel = kernel.panel();
+    let len = outputs.len().next_multiple_of(panel) * terms.len().next_multiple_of(STEP) / 2;
+    memory.reserve::<Pair>(len);
+    let panels = &mut memory.as_mut_slice::<Pair>()[..len];
+    // SAFETY: `available` found the instructions.
+    unsafe { pack(panels, Layout::Panels { width: panel }, b, outputs, terms) };
+    panels
+}
+
+fn multiply(kernel: Kernel, work: Work<'_>) {
+    match kernel {
+        // SAFETY: `available` found the instructions.
+        Kernel::Amx => unsafe { amx::multiply(work) },
+        // SAFETY: as above.
+        Kernel::Avx512Bf16 => unsafe { avx512::multiply(work) },
+    }
 }
 
 thread_local! {
@@ -173,80 +241,6 @@ thread_local! {
     static ROUNDED: Cell<Lines> = Cell::default();
     /// Panels of a task.
     static PACKED: Cell<Lines> = Cell::default();
-}
-
-/// Rows of `k` as bfloat16 rows of `stride`, the nearest ones; zeros behind.
-fn round(narrow: &mut [bf16], a: &[f32], k: usize, stride: usize) {
-    let m = narrow.len() / stride.max(1);
-    let all = Disjoint::new(narrow);
-    const TOGETHER: usize = 16;
-    for_tasks(m.div_ceil(TOGETHER), |i| {
-        let rows = i * TOGETHER..m.min((i + 1) * TOGETHER);
-        // SAFETY: tasks have distinct rows.
-        let narrow = unsafe { all.slice(rows.start * stride, rows.len() * stride) };
-        vectorized!(|| {
-            for (row, narrow) in rows.clone().zip(narrow.chunks_exact_mut(stride)) {
-                let (narrow, behind) = narrow.split_at_mut(k);
-                behind.fill(bf16::ZERO);
-                for (to, from) in narrow.iter_mut().zip(&a[row * k..(row + 1) * k]) {
-                    // To the nearest, ties to even; what is not a number stays none, for its top bit is set.
-                    let bits = from.to_bits();
-                    let up = 0x7fff + (bits >> 16 & 1);
-                    let rounded = if from.is_nan() { bits | 0x0040_0000 } else { bits.wrapping_add(up) };
-                    *to = bf16::from_bits((rounded >> 16) as u16);
-                }
-            }
-        },);
-    });
-}
-
-/// Terms `from..from + terms` of weights `[count, k]`.
-fn pack_rows(packed: &mut [Pair], b: &[bf16], k: usize, from: usize, terms: usize) {
-    const SIDE: usize = 16;
-    let (count, pairs) = (b.len() / k, terms / 2 / SIDE * SIDE);
-    if count < PANEL || pairs * 2 < terms {
-        packed.fill(Pair::default());
-    }
-    let squares = count / SIDE;
-    for square in 0..squares {
-        for pair in (0..pairs).step_by(SIDE) {
-            let source = &b[square * SIDE * k + from + 2 * pair..][..(SIDE - 1) * k + 2 * SIDE];
-            let to = &mut packed[pair * PANEL + square * SIDE..][..(SIDE - 1) * PANEL + SIDE];
-            // SAFETY: the slices have 16 rows of 16 pairs; who packs has AVX-512.
-            unsafe { avx512::transpose(to.as_mut_ptr(), source.as_ptr(), k) };
-        }
-    }
-    for (output, row) in b.chunks_exact(k).enumerate() {
-        let done = if output < squares * SIDE { pairs } else { 0 };
-        let column = packed[output..].iter_mut().step_by(PANEL).skip(done);
-        for (pair, terms) in column.zip(row[from + 2 * done..from + terms].chunks(2)) {
-            let high = terms.get(1).map_or(0, |x| u32::from(x.to_bits()) << 16);
-            *pair = Pair(u32::from(terms[0].to_bits()) | high);
-        }
-    }
-}
-
-/// Outputs `first..first + count` of weights `[terms, n]`.
-fn pack_columns(packed: &mut [Pair], b: &[bf16], n: usize, first: usize, count: usize) {
-    packed.fill(Pair::default());
-    vectorized!(|| {
-        for (pairs, rows) in packed.chunks_exact_mut(PANEL).zip(b.chunks(2 * n)) {
-            let (low, high) = rows.split_at(n);
-            let low = &low[first..first + count];
-            match high.get(first..first + count) {
-                Some(high) => {
-                    for ((pair, low), high) in pairs.iter_mut().zip(low).zip(high) {
-                        *pair = Pair(u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16);
-                    }
-                }
-                None => {
-                    for (pair, low) in pairs.iter_mut().zip(low) {
-                        *pair = Pair(u32::from(low.to_bits()));
-                    }
-                }
-            }
-        }
-    },);
 }
 
 #[cfg(test)]
@@ -299,6 +293,37 @@ mod tests {
                                 "{kernel:?}, {m} {n} {k}, transposed {transpose_b}, at {at}: {c}, not {expected}"
                             );
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_thread_alone_takes_matrices_as_they_lie() {
+        let round = |x: f32| f64::from(bf16::from_f32(x).to_f32());
+        for (m, n, k) in [(1, 1, 1), (7, 40, 33), (16, 16, 32), (35, 17, 64), (64, 100, 70), (192, 130, 64)] {
+            let (a, b, old) = (numbers(m * k, 1), numbers(n * k, 2), numbers(m * (n + 3), 3));
+            for (kernel, a_across, b_across) in
+                available().into_iter().flat_map(|kernel| [0, 1, 2, 3].map(|i| (kernel, i & 1 > 0, i & 2 > 0)))
+            {
+                let a_at = |i: usize, t: usize| if a_across { t * m + i } else { i * k + t };
+                let b_at = |t: usize, j: usize| if b_across { j * k + t } else { t * n + j };
+                let a_matrix = if a_across { rows(&a, m).t() } else { rows(&a, k) };
+                let b_matrix = if b_across { rows(&b, k).t() } else { rows(&b, n) };
+                for (scale, accumulate) in [(1.0, false), (1.0, true), (0.5, true)] {
+                    let mut c = old.clone();
+                    product_alone(kernel, (&mut c, n + 3), (m, n, k), (a_matrix, b_matrix), scale, accumulate);
+                    for (at, c) in c.iter().enumerate() {
+                        let (i, j) = (at / (n + 3), at % (n + 3));
+                        let sum: f64 =
+                            (0..if j < n { k } else { 0 }).map(|t| round(a[a_at(i, t)]) * round(b[b_at(t, j)])).sum();
+                        let before = if accumulate || j >= n { f64::from(old[at]) } else { 0.0 };
+                        let expected = before + f64::from(scale) * sum;
+                        assert!(
+                            (f64::from(*c) - expected).abs() < 2e-5,
+                            "{kernel:?}, {m} {n} {k}, at {i} {j}: {c}, not {expected}"
+                        );
                     }
                 }
             }

@@ -216,7 +216,8 @@ fn round<const N: usize, T>(
     put: impl Fn(&mut [T; N], &[i32; BLOCK]),
 ) {
     vectorized!(|| {
-        for (((x, out), scale), sum) in x.as_chunks::<BLOCK>().0.iter().zip(out).zip(scales).zip(sums) {
+        let blocks = x.as_chunks::<BLOCK>().0.iter().zip(out.iter_mut());
+        for (((x, out), scale), sum) in blocks.zip(scales.iter_mut()).zip(sums.iter_mut()) {
             let mut largest = [0.0f32; LANES];
             for half in x.chunks_exact(LANES) {
                 for (largest, x) in largest.iter_mut().zip(half) {

@@ -11,7 +11,7 @@
 //! sub-chunk's first token, into one factor of at most 1 and one of at most exp(-[`MILD`]), which is a matrix product too; else the
 //! exponent is summed up pair by pair. A chunk that is mild as a whole is one sub-chunk.
 
-use crate::gemm::{matmul, rows};
+use crate::gemm::{Alone, rows};
 use crate::math::{add_scaled, dot, exp};
 use crate::parallel::vectorized;
 
@@ -21,7 +21,6 @@ const SUB: usize = 16;
 /// The lowest sum of gates whose inverse decay is taken: factors keep their relative precision (the sum's rounding is some 2e-6),
 /// and none comes near float32's largest number.
 const MILD: f32 = -30.0;
-const ALONE: gemm::Parallelism = gemm::Parallelism::None;
 
 /// The decays of one chunk, from its log gates `[C, D]`, which are at least -40.
 pub(crate) struct Chunk<'a> {
@@ -29,6 +28,7 @@ pub(crate) struct Chunk<'a> {
     len: usize,
     dim: usize,
     group: usize,
+    alone: Alone,
     /// Tokens of a sub-chunk.
     sub_len: usize,
     /// Whether each sub-chunk is mild.
@@ -44,7 +44,7 @@ pub(crate) struct Chunk<'a> {
 }
 
 impl<'a> Chunk<'a> {
-    pub(crate) fn new(gates: &'a [f32], dim: usize, group: usize) -> Self {
+    pub(crate) fn new(gates: &'a [f32], dim: usize, group: usize, alone: Alone) -> Self {
         let len = gates.len() / dim;
         let is_mild = |gates: &[f32]| {
             let mut sum = vec![0.0f32; dim];
@@ -58,6 +58,7 @@ impl<'a> Chunk<'a> {
             len,
             dim,
             group,
+            alone,
             sub_len,
             is_mild: gates.chunks(sub_len * dim).map(is_mild).collect(),
             row_decay: vec![0.0; gates.len()],
@@ -170,8 +171,8 @@ impl<'a> Chunk<'a> {
     /// Columns of `y [C, D]` of a mild sub-chunk, with the inverse of their decay.
     fn inverse_columns(&self, y: &[f32], sub: usize) -> Vec<f32> {
         let range = self.sub(sub).start * self.dim..self.sub(sub).end * self.dim;
-        let mut scaled = y[range.clone()].to_vec();
-        vectorized!(|| scaled.iter_mut().zip(&self.inverse_decay[range]).for_each(|(y, e)| *y *= e),);
+        let (mut scaled, decay) = (y[range.clone()].to_vec(), &self.inverse_decay[range]);
+        vectorized!(|| scaled.iter_mut().zip(decay).for_each(|(y, e)| *y *= e),);
         scaled
     }
 
@@ -211,7 +212,7 @@ impl<'a> Chunk<'a> {
                 let scaled_rows = self.decayed_rows(x, sub);
                 let sizes = (scaled_rows.len() / dim, columns.len() / dim, dim);
                 let (x_rows, y_columns) = (rows(&scaled_rows, dim), rows(&columns, dim).t());
-                matmul(&mut a[first..], len, sizes, x_rows, y_columns, 1.0, false, ALONE);
+                self.alone.matmul((&mut a[first..], len), sizes, (x_rows, y_columns), 1.0, false);
             }
             if self.is_mild[sub] {
                 for i in range.clone() {
@@ -252,7 +253,13 @@ impl<'a> Chunk<'a> {
                 }
                 let sizes = (range.len() * group, dim, columns.len() / dim);
                 let block = &mut out[first * dim..range.end * group * dim];
-                matmul(block, dim, sizes, rows(&a[first * len..], len), rows(&columns, dim), 1.0, false, ALONE);
+                self.alone.matmul(
+                    (&mut *block, dim),
+                    sizes,
+                    (rows(&a[first * len..], len), rows(&columns, dim)),
+                    1.0,
+                    false,
+                );
                 self.decay_rows(block, sub);
             }
             if self.is_mild[sub] {
@@ -290,7 +297,7 @@ impl<'a> Chunk<'a> {
                 let mut block = vec![0.0f32; decay.len()];
                 let weights = rows(&a[range.start * group * len..], len).t();
                 let sizes = (decay.len() / dim, dim, scaled_rows.len() / dim);
-                matmul(&mut block, dim, sizes, weights, rows(&scaled_rows, dim), 1.0, false, ALONE);
+                self.alone.matmul((&mut block, dim), sizes, (weights, rows(&scaled_rows, dim)), 1.0, false);
                 vectorized!(|| {
                     for ((z, b), e) in out.iter_mut().zip(&block).zip(&decay) {
                         *z += b * e;

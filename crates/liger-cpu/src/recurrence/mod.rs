@@ -12,12 +12,11 @@ mod chunk;
 use liger_tensor::checks::RecurrenceSizes;
 use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Result, Sequence, Tensor};
 
-use crate::gemm::{matmul, rows};
+use crate::gemm::{Alone, Matrix, rows};
 use crate::math::{add_scaled, exp};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 use chunk::{CHUNK, Chunk};
 
-const ALONE: gemm::Parallelism = gemm::Parallelism::None;
 /// exp(-40) is nothing beside any sum in float32; below it a chunk's sums would swallow the small gates.
 const LOWEST_GATE: f32 = -40.0;
 
@@ -30,10 +29,11 @@ struct Problem<'a> {
     gate: &'a [f32],
     axis: GateAxis,
     sizes: RecurrenceSizes,
+    alone: Alone,
 }
 
 impl<'a> Problem<'a> {
-    fn new(operation: &'static str, inputs: Recurrence<'a>) -> Result<Self> {
+    fn new(operation: &'static str, inputs: Recurrence<'a>, alone: Alone) -> Result<Self> {
         let sizes = RecurrenceSizes::of(operation, &inputs)?;
         Ok(Self {
             q: inputs.q.as_f32()?,
@@ -42,6 +42,7 @@ impl<'a> Problem<'a> {
             gate: inputs.log_gate.as_f32()?,
             axis: inputs.axis,
             sizes,
+            alone,
         })
     }
 
@@ -71,6 +72,11 @@ impl<'a> Problem<'a> {
         let mut gates = self.kv_rows(self.gate, self.sizes.gate_dim, head, range);
         gates.iter_mut().for_each(|g| *g = g.max(LOWEST_GATE));
         gates
+    }
+
+    /// `a [m, k] b [k, n]`, added to `c`.
+    fn add_product(&self, c: &mut [f32], sizes: (usize, usize, usize), a: Matrix<'_>, b: Matrix<'_>) {
+        self.alone.matmul((c, sizes.1), sizes, (a, b), 1.0, true);
     }
 
     fn load(&self, head: usize, range: std::ops::Range<usize>) -> Loaded {
@@ -104,17 +110,11 @@ fn times_decay(x: &[f32], decay: &[f32], dim: usize, group: usize) -> Vec<f32> {
     out
 }
 
-/// `a [m, k] b [k, n]`, added to `c`.
-fn add_product(c: &mut [f32], sizes: (usize, usize, usize), a: crate::gemm::Matrix<'_>, b: crate::gemm::Matrix<'_>) {
-    let n = sizes.1;
-    matmul(c, n, sizes, a, b, 1.0, true, ALONE);
-}
-
 /// q_i k_j for j <= i, else 0: `[C, G, C]`.
-fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize) -> Vec<f32> {
+fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize, alone: Alone) -> Vec<f32> {
     let (len, count) = (y.len() / dim, x.len() / dim);
     let mut a = vec![0.0f32; count * len];
-    matmul(&mut a, len, (count, len, dim), rows(x, dim), rows(y, dim).t(), 1.0, false, ALONE);
+    alone.matmul((&mut a, len), (count, len, dim), (rows(x, dim), rows(y, dim).t()), 1.0, false);
     for (row, a) in a.chunks_exact_mut(len).enumerate() {
         a[row / group + 1..].fill(0.0);
     }
@@ -125,13 +125,13 @@ fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize) -> Vec<f32> {
 fn advance(state: &mut [f32], p: &Problem<'_>, head: usize, range: std::ops::Range<usize>) {
     let (dk, dv) = (p.sizes.heads.dim, p.sizes.value_dim);
     let (gates, len) = (p.gates(head, range.clone()), range.len());
-    let chunk = Chunk::new(&gates, p.sizes.gate_dim, 1);
+    let chunk = Chunk::new(&gates, p.sizes.gate_dim, 1, p.alone);
     let mut k = p.kv_rows(p.k, dk, head, range.clone());
     let mut v = p.kv_rows(p.v, dv, head, range);
     let gated = if p.axis == GateAxis::Key { &mut k } else { &mut v };
     *gated = times_decay(gated, &chunk.end_decay(), p.sizes.gate_dim, 1);
     decay_state(state, &chunk.total_decay(), p.axis, dv);
-    add_product(state, (dk, dv, len), rows(&k, dk).t(), rows(&v, dv));
+    p.add_product(state, (dk, dv, len), rows(&k, dk).t(), rows(&v, dv));
 }
 
 /// The gradient of the state before a chunk, from that of the state after it: decayed, and + q^T do with the gated one decayed from
@@ -139,17 +139,17 @@ fn advance(state: &mut [f32], p: &Problem<'_>, head: usize, range: std::ops::Ran
 fn retreat(dstate: &mut [f32], dout: &[f32], p: &Problem<'_>, head: usize, range: std::ops::Range<usize>) {
     let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
     let (gates, count) = (p.gates(head, range.clone()), range.len() * group);
-    let chunk = Chunk::new(&gates, p.sizes.gate_dim, group);
+    let chunk = Chunk::new(&gates, p.sizes.gate_dim, group, p.alone);
     let (q, from_start) = (p.query_rows(p.q, dk, head, range), chunk.start_decay());
     decay_state(dstate, &chunk.total_decay(), p.axis, dv);
     match p.axis {
         GateAxis::Key => {
             let q = times_decay(&q, &from_start, dk, group);
-            add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(dout, dv));
+            p.add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(dout, dv));
         }
         GateAxis::Value => {
             let dout = times_decay(dout, &from_start, dv, group);
-            add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(&dout, dv));
+            p.add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(&dout, dv));
         }
     }
 }
@@ -172,16 +172,16 @@ fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -
         GateAxis::Key => {
             let mut out = vec![0.0f32; count * dv];
             let a = chunk.scores(&c.q, &c.k);
-            add_product(&mut out, (count, dv, len), rows(&a, len), rows(&c.v, dv));
+            p.add_product(&mut out, (count, dv, len), rows(&a, len), rows(&c.v, dv));
             let q = times_decay(&c.q, &from_start, dk, group);
-            add_product(&mut out, (count, dv, dk), rows(&q, dk), rows(state, dv));
+            p.add_product(&mut out, (count, dv, dk), rows(&q, dk), rows(state, dv));
             out
         }
         GateAxis::Value => {
             let mut out = vec![0.0f32; count * dv];
-            add_product(&mut out, (count, dv, dk), rows(&c.q, dk), rows(state, dv));
+            p.add_product(&mut out, (count, dv, dk), rows(&c.q, dk), rows(state, dv));
             let mut out = times_decay(&out, &from_start, dv, group);
-            let inner = chunk.to_rows(&ungated_scores(&c.q, &c.k, dk, group), &c.v);
+            let inner = chunk.to_rows(&ungated_scores(&c.q, &c.k, dk, group, p.alone), &c.v);
             add_scaled(&mut out, 1.0, &inner);
             out
         }
@@ -209,8 +209,13 @@ fn step(out: &mut [f32], state: &mut [f32], c: &Loaded, p: &Problem<'_>) {
     },);
 }
 
-pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&mut Tensor>) -> Result<()> {
-    let p = Problem::new("gated_recurrence_forward", inputs)?;
+pub(crate) fn forward(
+    out: &mut Tensor,
+    inputs: Recurrence<'_>,
+    state: Option<&mut Tensor>,
+    alone: Alone,
+) -> Result<()> {
+    let p = Problem::new("gated_recurrence_forward", inputs, alone)?;
     let (dv, group, kv, len) = (p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv, p.sizes.state_len());
     let sequences = inputs.sequences.list();
     p.sizes.check_out("gated_recurrence_forward", out, inputs.sequences)?;
@@ -254,7 +259,7 @@ pub(crate) fn forward(out: &mut Tensor, inputs: Recurrence<'_>, state: Option<&m
     for_tasks(chunks.len() * kv, |task| {
         let (range, head) = (chunks[task / kv].range(), task % kv);
         let c = p.load(head, range.clone());
-        let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
+        let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group, p.alone);
         let block = chunk_output(&c, &chunk, &befores[task * len..(task + 1) * len], &p);
         for (t, row) in range.zip(block.chunks_exact(width)) {
             out_row(t, head).copy_from_slice(row);
@@ -289,8 +294,9 @@ pub(crate) fn backward(
     inputs: Recurrence<'_>,
     initial: Option<&Tensor>,
     dout: &Tensor,
+    alone: Alone,
 ) -> Result<()> {
-    let p = Problem::new("gated_recurrence_backward", inputs)?;
+    let p = Problem::new("gated_recurrence_backward", inputs, alone)?;
     p.sizes.check_state("gated_recurrence_backward", initial, inputs.sequences)?;
     let (dv, group, kv, len) = (p.sizes.value_dim, p.sizes.heads.group(), p.sizes.heads.kv, p.sizes.state_len());
     let sequences = inputs.sequences.list();
@@ -357,7 +363,7 @@ pub(crate) fn backward(
     for_tasks(chunks.len() * kv, |task| {
         let (range, head) = (chunks[task / kv].range(), task % kv);
         let c = p.load(head, range.clone());
-        let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group);
+        let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group, p.alone);
         let dout = p.query_rows(dout, dv, head, range.clone());
         let at = task * len..(task + 1) * len;
         let g = chunk_gradients(&c, &chunk, &befores[at.clone()], &dafters[at], &dout, &p);
@@ -392,12 +398,12 @@ fn chunk_gradients(
     let (from_start, to_end) = (chunk.start_decay(), chunk.end_decay());
     let product = |sizes: (usize, usize, usize), a, b| {
         let mut c = vec![0.0f32; sizes.0 * sizes.1];
-        add_product(&mut c, sizes, a, b);
+        p.add_product(&mut c, sizes, a, b);
         c
     };
     match p.axis {
         GateAxis::Key => {
-            let da = ungated_scores(dout, &c.v, dv, group);
+            let da = ungated_scores(dout, &c.v, dv, group, p.alone);
             // dq = exp(b) (do S^T) + sum_j dA k E
             let dq = product((count, dk, dv), rows(dout, dv), rows(state, dv).t());
             let mut dq = times_decay(&dq, &from_start, dk, group);
@@ -410,12 +416,12 @@ fn chunk_gradients(
             let k = times_decay(&c.k, &to_end, dk, 1);
             let mut dvalue = product((len, dv, dk), rows(&k, dk), rows(dstate, dv));
             let a = chunk.scores(&c.q, &c.k);
-            add_product(&mut dvalue, (len, dv, count), rows(&a, len).t(), rows(dout, dv));
+            p.add_product(&mut dvalue, (len, dv, count), rows(&a, len).t(), rows(dout, dv));
             let gate = gate_terms((&c.q, &dq), (&c.k, &dkey), dk, group);
             ChunkGradients { q: dq, k: dkey, v: dvalue, gate }
         }
         GateAxis::Value => {
-            let a = ungated_scores(&c.q, &c.k, dk, group);
+            let a = ungated_scores(&c.q, &c.k, dk, group, p.alone);
             let da = chunk.scores(dout, &c.v);
             let dout_decayed = times_decay(dout, &from_start, dv, group);
             let v = times_decay(&c.v, &to_end, dv, 1);
@@ -425,10 +431,10 @@ fn chunk_gradients(
             add_scaled(&mut dvalue, 1.0, &chunk.to_columns(&a, dout));
             // dq = (do exp(b)) S^T + dA k
             let mut dq = product((count, dk, dv), rows(&dout_decayed, dv), rows(state, dv).t());
-            add_product(&mut dq, (count, dk, len), rows(&da, len), rows(&c.k, dk));
+            p.add_product(&mut dq, (count, dk, len), rows(&da, len), rows(&c.k, dk));
             // dk = (v exp(e - b)) dS^T + dA^T q
             let mut dkey = product((len, dk, dv), rows(&v, dv), rows(dstate, dv).t());
-            add_product(&mut dkey, (len, dk, count), rows(&da, len).t(), rows(&c.q, dk));
+            p.add_product(&mut dkey, (len, dk, count), rows(&da, len).t(), rows(&c.q, dk));
             let out = chunk_output(c, chunk, state, p);
             let gate = gate_terms((&out, dout), (&c.v, &dvalue), dv, group);
             ChunkGradients { q: dq, k: dkey, v: dvalue, gate }
