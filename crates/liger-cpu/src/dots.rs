@@ -58,10 +58,10 @@ pub(crate) fn product<W: Weight>(
 }
 
 /// The same on this thread alone.
-pub(crate) fn product_alone(
+pub(crate) fn product_alone<W: Weight>(
     c: &mut [f32],
     x: &[f32],
-    w: &[f32],
+    w: &[W],
     (m, n, k): (usize, usize, usize),
     scale: f32,
     accumulate: bool,
@@ -72,49 +72,52 @@ pub(crate) fn product_alone(
 }
 
 /// `out [m, d] = p [m, n] v [n, d]`: sums of value rows, for a few rows of weights.
-pub(crate) fn weighted_sums(out: &mut [f32], p: &[f32], v: &[f32], (m, n, d): (usize, usize, usize)) {
+pub(crate) fn weighted_sums<W: Weight>(out: &mut [f32], p: &[f32], v: &[W], (m, n, d): (usize, usize, usize)) {
+    /// Value rows that stay in the nearest cache for all rows of weights.
+    const ROWS: usize = 64;
     assert!(out.len() == m * d && p.len() == m * n && v.len() == n * d, "weighted sums {m} x {n} x {d}");
-    pulp::Arch::new().dispatch(WeightedSums { out, p, v, m, n, d });
+    out.fill(0.0);
+    let mut scratch = Vec::new();
+    for first in (0..n).step_by(ROWS) {
+        let count = ROWS.min(n - first);
+        let v = W::widened(&v[first * d..(first + count) * d], &mut scratch);
+        for (out, p) in out.chunks_exact_mut(d).zip(p.chunks_exact(n)) {
+            pulp::Arch::new().dispatch(WeightedSum { out, p: &p[first..first + count], v, d });
+        }
+    }
 }
 
-struct WeightedSums<'a> {
+/// `out [d] += p [n] v [n, d]`.
+struct WeightedSum<'a> {
     out: &'a mut [f32],
     p: &'a [f32],
     v: &'a [f32],
-    m: usize,
-    n: usize,
     d: usize,
 }
 
-impl WithSimd for WeightedSums<'_> {
+impl WithSimd for WeightedSum<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { out, p, v, m, n, d } = self;
+        let Self { out, p, v, d } = self;
         const REGISTERS: usize = 4;
         let block = REGISTERS * S::F32_LANES;
         let whole = d / block * block;
-        for row in 0..m {
-            let (p, out) = (&p[row * n..(row + 1) * n], &mut out[row * d..(row + 1) * d]);
-            for first in (0..whole).step_by(block) {
-                let mut sums = [simd.splat_f32s(0.0); REGISTERS];
-                for (i, weight) in p.iter().enumerate() {
-                    let weight = simd.splat_f32s(*weight);
-                    let v = S::as_simd_f32s(&v[i * d + first..i * d + first + block]).0;
-                    for (sum, v) in sums.iter_mut().zip(v) {
-                        *sum = simd.mul_add_f32s(weight, *v, *sum);
-                    }
-                }
-                for (out, sum) in S::as_mut_simd_f32s(&mut out[first..first + block]).0.iter_mut().zip(sums) {
-                    *out = sum;
+        for first in (0..whole).step_by(block) {
+            let out = S::as_mut_simd_f32s(&mut out[first..first + block]).0;
+            let mut sums: [S::f32s; REGISTERS] = std::array::from_fn(|i| out[i]);
+            for (weight, v) in p.iter().zip(v.chunks_exact(d)) {
+                let weight = simd.splat_f32s(*weight);
+                for (sum, v) in sums.iter_mut().zip(S::as_simd_f32s(&v[first..first + block]).0) {
+                    *sum = simd.mul_add_f32s(weight, *v, *sum);
                 }
             }
-            out[whole..].fill(0.0);
-            for (i, weight) in p.iter().enumerate() {
-                for (out, v) in out[whole..].iter_mut().zip(&v[i * d + whole..(i + 1) * d]) {
-                    *out += weight * v;
-                }
+            out.copy_from_slice(&sums);
+        }
+        for (weight, v) in p.iter().zip(v.chunks_exact(d)) {
+            for (out, v) in out[whole..].iter_mut().zip(&v[whole..]) {
+                *out += weight * v;
             }
         }
     }

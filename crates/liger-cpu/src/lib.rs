@@ -52,6 +52,8 @@ pub struct Cpu {
     profile: profile::Profile,
     /// How attention and the recurrence multiply.
     alone: gemm::Alone,
+    /// Whether a cache that grows with the text is bfloat16.
+    has_narrow_cache: bool,
 }
 
 impl Cpu {
@@ -61,9 +63,10 @@ impl Cpu {
     }
 
     /// The CPU, for bfloat16 weights: where it multiplies bfloat16, products inside attention and recurrence round their operands to it, as
-    /// those with the weights do. Sums, softmax, gates and states stay float32.
+    /// those with the weights do. A cache of keys and values that grows with the text is bfloat16 too. Sums, softmax, gates and states
+    /// stay float32.
     pub fn with_bfloat16() -> Self {
-        Self { alone: gemm::Alone::rounded(), ..Self::default() }
+        Self { alone: gemm::Alone::rounded(), has_narrow_cache: true, ..Self::default() }
     }
 
     /// Measures every operation from now on.
@@ -103,6 +106,10 @@ impl Ops for Cpu {
 
     fn activations(&self) -> DType {
         DType::F32
+    }
+
+    fn growing_cache(&self) -> DType {
+        if self.has_narrow_cache { DType::Bf16 } else { DType::F32 }
     }
 
     fn empty(&self, shape: &[usize]) -> Result<Tensor> {
@@ -167,13 +174,23 @@ impl Ops for Cpu {
 
     fn copy_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
         let (at, count) = row_range("copy_rows", source, destination, start)?;
-        destination.as_f32_mut()?.copy_from_slice(&source.as_f32()?[at..at + count]);
+        match (destination.storage(), source.storage()) {
+            (Storage::Bf16(_), Storage::Bf16(source)) => {
+                destination.as_bf16_mut()?.copy_from_slice(&source[at..at + count]);
+            }
+            _ => destination.as_f32_mut()?.copy_from_slice(&source.as_f32()?[at..at + count]),
+        }
         Ok(())
     }
 
     fn write_rows(&self, destination: &mut Tensor, source: &Tensor, start: usize) -> Result<()> {
         let (at, count) = row_range("write_rows", destination, source, start)?;
-        destination.as_f32_mut()?[at..at + count].copy_from_slice(source.as_f32()?);
+        match (destination.storage(), source.storage()) {
+            (Storage::Bf16(_), Storage::Bf16(source)) => {
+                destination.as_bf16_mut()?[at..at + count].copy_from_slice(source);
+            }
+            _ => destination.as_f32_mut()?[at..at + count].copy_from_slice(source.as_f32()?),
+        }
         Ok(())
     }
 

@@ -90,6 +90,15 @@ pub(crate) fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
 /// Softmax of a row, in place; minus infinity counts as absent.
 #[inline(always)]
 pub(crate) fn softmax(row: &mut [f32]) {
+    let scale = 1.0 / exponentials(row).1;
+    for x in row {
+        *x *= scale;
+    }
+}
+
+/// e^(x - max) in place of each; the maximum and the sum.
+#[inline(always)]
+pub(crate) fn exponentials(row: &mut [f32]) -> (f32, f32) {
     let max = maximum(row);
     let mut lanes = [0.0f32; 16];
     let mut chunks = row.chunks_exact_mut(16);
@@ -104,10 +113,7 @@ pub(crate) fn softmax(row: &mut [f32]) {
         *x = exp(*x - max);
         sum += *x;
     }
-    let scale = 1.0 / sum;
-    for x in row {
-        *x *= scale;
-    }
+    (max, sum)
 }
 
 #[inline(always)]

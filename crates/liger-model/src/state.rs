@@ -77,7 +77,11 @@ impl State {
                     recurrent.push(zeros(&[slots, kv, dk, dv])?);
                 }
             }
-            let cache = KeyValueCache { spec, keys: ops.zeros(&cached)?, values: ops.zeros(&cached)?, kept };
+            let rows = || match spec.window {
+                Some(_) => ops.zeros(&cached),
+                None => ops.upload(Vec::new(), &cached, ops.growing_cache()),
+            };
+            let cache = KeyValueCache { spec, keys: rows()?, values: rows()?, kept };
             layers.push(LayerState { cache, recurrent });
         }
         Ok(Self { layers, positions: vec![0; slots], steps: Vec::new(), logits: None })
@@ -284,8 +288,8 @@ impl State {
                 let [slots, kv, _, d] = <[usize; 4]>::try_from(layer.cache.keys.shape()).unwrap_or([0; 4]);
                 let rows = tokens + 64;
                 for tensor in [&mut layer.cache.keys, &mut layer.cache.values] {
-                    *tensor =
-                        ops.upload(vec![0.01; slots * kv * rows * d], &[slots, kv, rows, d], ops.activations())?;
+                    let shape = [slots, kv, rows, d];
+                    *tensor = ops.upload(vec![0.01; slots * kv * rows * d], &shape, ops.growing_cache())?;
                 }
             }
         }

@@ -156,6 +156,10 @@ pub trait Ops: Send + Sync {
 
     /// Element type of activations: float32, or bfloat16 on a device that computes in it.
     fn activations(&self) -> DType;
+    /// Element type of keys and values in a cache that grows with the text.
+    fn growing_cache(&self) -> DType {
+        self.activations()
+    }
     /// A tensor of activations whose elements are not set.
     fn empty(&self, shape: &[usize]) -> Result<Tensor>;
     /// A float32 tensor whose elements are not set.

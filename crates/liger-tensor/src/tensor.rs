@@ -171,7 +171,7 @@ impl Tensor {
     pub fn as_f32(&self) -> Result<&[f32]> {
         match &self.storage {
             Storage::F32(data) => Ok(data),
-            other => Err(wrong_storage(other)),
+            other => Err(wrong_storage(other, "host float32")),
         }
     }
 
@@ -183,19 +183,30 @@ impl Tensor {
         match &mut self.storage {
             Storage::F32(Buffer::Owned(data)) => Ok(data),
             Storage::F32(Buffer::Pooled(lines)) => Ok(lines.as_mut_slice()),
-            other => Err(wrong_storage(other)),
+            other => Err(wrong_storage(other, "host float32")),
+        }
+    }
+
+    /// The elements to write, if they are the tensor's own and bfloat16 in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] for anything else.
+    pub fn as_bf16_mut(&mut self) -> Result<&mut [bf16]> {
+        match &mut self.storage {
+            Storage::Bf16(Buffer::Owned(data)) => Ok(data),
+            other => Err(wrong_storage(other, "own host bfloat16")),
         }
     }
 }
 
-fn wrong_storage(found: &Storage) -> Error {
+fn wrong_storage(found: &Storage, expected: &'static str) -> Error {
     let found = match found {
         Storage::F32(Buffer::Shared(_)) => "host float32 that is only read",
         Storage::F32(Buffer::Owned(_) | Buffer::Pooled(_)) => "host float32",
         Storage::Bf16(_) => "host bfloat16",
         Storage::Device(_) => "another device",
     };
-    Error::Storage { operation: "read", found, expected: "host float32" }
+    Error::Storage { operation: "read", found, expected }
 }
 
 impl Drop for Tensor {

@@ -239,9 +239,8 @@ fn forward(c: &Check<'_>, sizes: Sizes, spec: AttentionSpec) {
             continue;
         }
         let cache_rows = spec.cache_rows();
-        let empty = |n: usize| {
-            c.ops.upload(vec![f32::NAN; 2 * kv * n * d], &[2, kv, n, d], c.ops.activations()).expect("upload")
-        };
+        let dtype = if spec.window.is_some() { c.ops.activations() } else { c.ops.growing_cache() };
+        let empty = |n: usize| c.ops.upload(vec![f32::NAN; 2 * kv * n * d], &[2, kv, n, d], dtype).expect("upload");
         let kept = (spec.kept > 0).then(|| KeptKeys {
             scores: c.poisoned_exact(&[2, kv, cache_rows]),
             positions: c.poisoned_exact(&[2, kv, spec.slots()]),

@@ -3,7 +3,7 @@
 use liger_tensor::checks::Heads;
 use liger_tensor::{Attention, AttentionSpec, Error, Keeping, KeptKeys, KeyValueCache, Result, Sequences, Tensor};
 
-use super::{Source, kv_at, query_at};
+use super::{Rows, Source, kv_at, query_at};
 use crate::math::{add_scaled, dot, sin_cos_of_revolutions};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 
@@ -108,7 +108,8 @@ impl Candidates<'_> {
     /// How much the mean query of each head of the group likes a key that is moved on by `turn`.
     fn liking(&self, key: Key, turn: usize, queries: &[f32]) -> f32 {
         let d = self.keys.heads.dim;
-        let mut row = self.keys.row(key).to_vec();
+        let mut row = Vec::with_capacity(d);
+        self.keys.append(key, &mut row);
         if turn > 0 {
             self.turns.turn(&mut row, turn as i64);
         }
@@ -206,7 +207,7 @@ pub(super) fn select(
     let held = match cache {
         Some(cache) => {
             let KeptKeys { scores, positions, queries } = remembered(cache)?;
-            Some((cache.keys.as_f32()?, [scores.as_f32()?, positions.as_f32()?, queries.as_f32()?]))
+            Some((Rows::of(&cache.keys)?, [scores.as_f32()?, positions.as_f32()?, queries.as_f32()?]))
         }
         None => None,
     };
@@ -254,8 +255,9 @@ pub(super) fn store(
             let held = tensor.as_f32_mut()?;
             for (slot, Held { key, .. }) in last.iter().enumerate() {
                 if let Key::At(_) = key {
-                    let source = Source { new, past: Some(held), cache_rows, spec, sequence, heads, head };
-                    let row = source.row(*key).to_vec();
+                    let past = Some(Rows::F32(held));
+                    let mut row = Vec::with_capacity(d);
+                    Source { new, past, cache_rows, spec, sequence, heads, head }.append(*key, &mut row);
                     held[(place * cache_rows + slot) * d..][..d].copy_from_slice(&row);
                 }
             }

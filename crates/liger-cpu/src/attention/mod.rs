@@ -4,21 +4,21 @@
 //! block is two (backward: five) matrix products with a row-wise softmax between. The query heads of a group are
 //! stacked as rows. Cost is linear in the length with a window.
 
+mod cache;
 mod kept;
 
-use std::borrow::Cow;
-
-use liger_tensor::checks::{self, Heads, grown_cache_rows, same_length};
+use liger_tensor::checks::{self, Heads, same_length};
 use liger_tensor::{
-    Attention, AttentionGradients, AttentionSpec, Keeping, KeyValueCache, Result, Sequence, Sequences, Tensor,
+    Attention, AttentionGradients, AttentionSpec, Error, Keeping, KeyValueCache, Result, Sequence, Sequences, Tensor,
 };
 
+use self::cache::Rows;
 pub(crate) use self::kept::novelty;
 use self::kept::{Held, Kept, Key, Turns};
-use crate::dots;
+use crate::dots::{self, Weight};
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{Alone, rows};
-use crate::math::{add_scaled, exp, maximum, softmax};
+use crate::math::{add_scaled, exp, exponentials, softmax};
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
 const BLOCK: usize = 64;
@@ -37,7 +37,7 @@ fn kv_at(heads: Heads, t: usize, head: usize) -> usize {
 /// Keys or values of one head: those of this batch, and before them those of a cache.
 struct Source<'a> {
     new: &'a [f32],
-    past: Option<&'a [f32]>,
+    past: Option<Rows<'a>>,
     cache_rows: usize,
     spec: AttentionSpec,
     sequence: Sequence,
@@ -46,26 +46,29 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn row(&self, key: Key) -> &[f32] {
+    /// Appends the row of a key.
+    fn append(&self, key: Key, to: &mut Vec<f32>) {
         let d = self.heads.dim;
         let row = match key {
             Key::At(position) => match position.checked_sub(self.sequence.position) {
                 Some(t) => {
                     let at = kv_at(self.heads, self.sequence.start + t, self.head);
-                    return &self.new[at..at + d];
+                    return to.extend_from_slice(&self.new[at..at + d]);
                 }
                 None => self.spec.cache_row(position),
             },
             Key::Slot(slot) => slot,
         };
         let at = ((self.sequence.slot * self.heads.kv + self.head) * self.cache_rows + row) * d;
-        self.past.map_or(&[], |past| &past[at..at + d])
+        if let Some(past) = self.past {
+            past.append(at..at + d, to);
+        }
     }
 
     fn gather(&self, seen: &[Seen]) -> Vec<f32> {
         let mut rows = Vec::with_capacity(seen.len() * self.heads.dim);
         for seen in seen {
-            rows.extend_from_slice(self.row(seen.key));
+            self.append(seen.key, &mut rows);
         }
         rows
     }
@@ -176,12 +179,20 @@ pub(crate) fn forward(
     let scores = keeping.map(|keeping| keeping.scores);
     let (q, k, v) = (q.as_f32()?, k.as_f32()?, v.as_f32()?);
     if let Some(cache) = cache.as_deref_mut() {
-        reserve(cache, sequences, heads)?;
+        cache::reserve(cache, sequences, heads)?;
     }
     if let (Some(cache), true) = (cache.as_deref_mut(), sequences.list().iter().all(|s| s.len == 1)) {
         kept::store(cache, &kept, (k, v), sequences, heads)?;
-        insert(cache, k, v, scores, sequences, heads)?;
-        return step(out.as_f32_mut()?, q, cache, &turns, sequences, heads);
+        cache::insert(cache, k, v, scores, sequences, heads)?;
+        let out = out.as_f32_mut()?;
+        return match (Rows::of(&cache.keys)?, Rows::of(&cache.values)?) {
+            (Rows::F32(k), Rows::F32(v)) => step(out, q, (k, v), cache, &turns, sequences, heads),
+            (Rows::Bf16(k), Rows::Bf16(v)) => step(out, q, (k, v), cache, &turns, sequences, heads),
+            _ => {
+                let (found, expected) = ("keys and values of two types", "one");
+                Err(Error::Storage { operation: "attention_forward", found, expected })
+            }
+        };
     }
 
     let mut tasks = Vec::new();
@@ -192,7 +203,7 @@ pub(crate) fn forward(
         }
     }
     let past = match cache.as_deref() {
-        Some(cache) => Some((cache.keys.as_f32()?, cache.values.as_f32()?, cache.keys.dim(2))),
+        Some(cache) => Some((Rows::of(&cache.keys)?, Rows::of(&cache.values)?, cache.keys.dim(2))),
         None => None,
     };
     let out = Disjoint::new(out.as_f32_mut()?);
@@ -221,74 +232,22 @@ pub(crate) fn forward(
     });
     if let Some(cache) = cache {
         kept::store(cache, &kept, (k, v), sequences, heads)?;
-        insert(cache, k, v, scores, sequences, heads)?;
-    }
-    Ok(())
-}
-
-/// Grows a cache without a window to hold the positions to come.
-fn reserve(cache: &mut KeyValueCache, sequences: &Sequences, heads: Heads) -> Result<()> {
-    let Some(grown_rows) = grown_cache_rows(cache, sequences) else { return Ok(()) };
-    let (slots, have) = (cache.keys.dim(0), cache.keys.dim(2));
-    for tensor in [&mut cache.keys, &mut cache.values] {
-        let mut grown = vec![0.0f32; slots * heads.kv * grown_rows * heads.dim];
-        let row = heads.dim;
-        if have > 0 {
-            let old = tensor.as_f32()?;
-            for (to, from) in grown.chunks_exact_mut(grown_rows * row).zip(old.chunks_exact(have * row)) {
-                to[..have * row].copy_from_slice(from);
-            }
-        }
-        *tensor = Tensor::host(&[slots, heads.kv, grown_rows, heads.dim], liger_tensor::Storage::F32(grown.into()));
-    }
-    Ok(())
-}
-
-/// Puts the new keys, values and scores in; of more rows than the ring holds, only the last stay.
-fn insert(
-    cache: &mut KeyValueCache,
-    k: &[f32],
-    v: &[f32],
-    scores: Option<&Tensor>,
-    sequences: &Sequences,
-    heads: Heads,
-) -> Result<()> {
-    let (spec, cache_rows, d) = (cache.spec, cache.keys.dim(2), heads.dim);
-    let mut targets = vec![(&mut cache.keys, k, d), (&mut cache.values, v, d)];
-    if let (Some(kept), Some(scores)) = (&mut cache.kept, scores) {
-        targets.push((&mut kept.scores, scores.as_f32()?, 1));
-    }
-    for (tensor, new, width) in targets {
-        let held = tensor.as_f32_mut()?;
-        for s in sequences.list() {
-            let end = s.position + s.len;
-            for position in s.position..end {
-                let is_sink = spec.kept == 0 && position < spec.sinks;
-                if !is_sink && position < spec.window_start(end - 1) {
-                    continue;
-                }
-                for head in 0..heads.kv {
-                    let at = ((s.slot * heads.kv + head) * cache_rows + spec.cache_row(position)) * width;
-                    let from = ((s.start + position - s.position) * heads.kv + head) * width;
-                    held[at..at + width].copy_from_slice(&new[from..from + width]);
-                }
-            }
-        }
+        cache::insert(cache, k, v, scores, sequences, heads)?;
     }
     Ok(())
 }
 
 /// One token a sequence, its own key already in the cache. Long caches are cut into chunks for several threads, whose
 /// parts are merged by their maxima.
-fn step(
+fn step<W: Weight>(
     out: &mut [f32],
     q: &[f32],
+    (keys, values): (&[W], &[W]),
     cache: &KeyValueCache,
     turns: &Turns,
     sequences: &Sequences,
     heads: Heads,
 ) -> Result<()> {
-    let (keys, values) = (cache.keys.as_f32()?, cache.values.as_f32()?);
     let positions = cache.kept.as_ref().map_or(Ok(&[][..]), |kept| kept.positions.as_f32())?;
     let (cache_rows, d, group, slots) = (cache.keys.dim(2), heads.dim, heads.group(), cache.spec.slots());
     let scale = 1.0 / (d as f32).sqrt();
@@ -315,30 +274,26 @@ fn step(
             Some(&position) if row < slots => cache.spec.turn(s.position, position as usize),
             _ => 0,
         };
-        let keys = if (first..last).any(|row| turn(row) > 0) {
-            let mut moved = keys.to_vec();
-            for (row, key) in (first..last).zip(moved.chunks_exact_mut(d)) {
-                turns.turn(key, turn(row) as i64);
-            }
-            Cow::Owned(moved)
-        } else {
-            Cow::Borrowed(keys)
-        };
         // SAFETY: a task has its own part.
         let parts = unsafe { shared.slice(task * group * part, group * part) };
         let count = last - first;
         let at = query_at(heads, s.start, head);
         let mut scores = vec![0.0f32; group * count];
-        dots::product_alone(&mut scores, &q[at..at + group * d], &keys, (group, count, d), scale, false);
+        let (queries, sizes) = (&q[at..at + group * d], (group, count, d));
+        if (first..last).any(|row| turn(row) > 0) {
+            let mut moved = W::widened(keys, &mut Vec::new()).to_vec();
+            for (row, key) in (first..last).zip(moved.chunks_exact_mut(d)) {
+                turns.turn(key, turn(row) as i64);
+            }
+            dots::product_alone(&mut scores, queries, &moved, sizes, scale, false);
+        } else {
+            dots::product_alone(&mut scores, queries, keys, sizes, scale, false);
+        }
         let mut sums = vec![0.0f32; group * d];
         for (scores, part) in scores.chunks_exact_mut(count).zip(parts.chunks_exact_mut(part)) {
-            vectorized!(|| {
-                part[0] = maximum(scores);
-                scores.iter_mut().for_each(|score| *score = exp(*score - part[0]));
-                part[1] = scores.iter().sum();
-            },);
+            (part[0], part[1]) = vectorized!(|| exponentials(scores));
         }
-        dots::weighted_sums(&mut sums, &scores, values, (group, count, d));
+        dots::weighted_sums(&mut sums, &scores, values, sizes);
         for (sum, part) in sums.chunks_exact(d).zip(parts.chunks_exact_mut(part)) {
             part[2..].copy_from_slice(sum);
         }
