@@ -207,7 +207,13 @@ pub(crate) fn dropout(x: &mut Tensor, p: f32, seed: u64) -> Result<()> {
 
 pub(crate) fn softmax_forward(x: &mut Tensor) -> Result<()> {
     let d = x.shape().last().copied().unwrap_or(1).max(1);
-    for_rows(x.as_f32_mut()?, d, |_, rows| vectorized!(|| rows.chunks_exact_mut(d).for_each(softmax),));
+    for_rows(x.as_f32_mut()?, d, |_, rows| {
+        vectorized!(|| {
+            for row in rows.chunks_exact_mut(d) {
+                softmax(row);
+            }
+        },);
+    });
     Ok(())
 }
 

@@ -16,7 +16,9 @@ fn map_forward(out: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
             // A share is scaled when its gate is there.
             FeatureMap::Softmax | FeatureMap::Share => {
                 out.copy_from_slice(x);
-                out.chunks_exact_mut(d).for_each(softmax);
+                for row in out.chunks_exact_mut(d) {
+                    softmax(row);
+                }
             }
             // 1 - sigmoid(x) = sigmoid(-x), without the cancellation.
             FeatureMap::OneMinusSigmoid => out.iter_mut().zip(x).for_each(|(y, x)| *y = sigmoid(-x)),

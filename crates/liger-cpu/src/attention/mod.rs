@@ -144,12 +144,17 @@ fn probabilities(
     vectorized!(|| {
         for (r, row) in scores.chunks_exact_mut(n).enumerate() {
             let position = from + r / group;
-            row[column(position) + 1..].fill(f32::NEG_INFINITY);
+            let (row, later) = row.split_at_mut(column(position) + 1);
+            later.fill(0.0);
             let start = window.map_or(0, |w| (position + 1).saturating_sub(w));
-            if spec.sinks < start {
-                row[column(spec.sinks)..column(start)].fill(f32::NEG_INFINITY);
+            let hidden = if spec.sinks < start { column(spec.sinks)..column(start) } else { 0..0 };
+            if hidden.start == 0 {
+                row[hidden.clone()].fill(0.0);
+                softmax(&mut row[hidden.end..]);
+            } else {
+                row[hidden].fill(f32::NEG_INFINITY);
+                softmax(row);
             }
-            softmax(row);
         }
     },);
     scores

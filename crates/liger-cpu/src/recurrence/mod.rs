@@ -155,12 +155,14 @@ fn retreat(dstate: &mut [f32], dout: &[f32], p: &Problem<'_>, head: usize, range
 }
 
 fn decay_state(state: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
-    for (d, row) in state.chunks_exact_mut(dv).enumerate() {
-        match axis {
-            GateAxis::Key => row.iter_mut().for_each(|s| *s *= total[d]),
-            GateAxis::Value => row.iter_mut().zip(total).for_each(|(s, e)| *s *= e),
+    vectorized!(|| {
+        for (d, row) in state.chunks_exact_mut(dv).enumerate() {
+            match axis {
+                GateAxis::Key => row.iter_mut().for_each(|s| *s *= total[d]),
+                GateAxis::Value => row.iter_mut().zip(total).for_each(|(s, e)| *s *= e),
+            }
         }
-    }
+    },);
 }
 
 /// Output `[C, G, Dv]` of one chunk given the state before it.
@@ -445,12 +447,14 @@ fn chunk_gradients(
 /// Each token's part of the gate's gradient: sum over the group of x dx, less y dy.
 fn gate_terms((x, dx): (&[f32], &[f32]), (y, dy): (&[f32], &[f32]), dim: usize, group: usize) -> Vec<f32> {
     let mut terms: Vec<f32> = y.iter().zip(dy).map(|(y, dy)| -y * dy).collect();
-    for (row, (x, dx)) in x.chunks_exact(dim).zip(dx.chunks_exact(dim)).enumerate() {
-        let terms = &mut terms[row / group * dim..(row / group + 1) * dim];
-        for d in 0..dim {
-            terms[d] += x[d] * dx[d];
+    vectorized!(|| {
+        for (row, (x, dx)) in x.chunks_exact(dim).zip(dx.chunks_exact(dim)).enumerate() {
+            let terms = &mut terms[row / group * dim..(row / group + 1) * dim];
+            for ((term, x), dx) in terms.iter_mut().zip(x).zip(dx) {
+                *term += x * dx;
+            }
         }
-    }
+    },);
     terms
 }
 
@@ -482,15 +486,17 @@ impl Outputs<'_> {
     fn sum_gates(&self, p: &Problem<'_>, s: Sequence, head: usize, last: &[f64]) {
         let (kv, gate_dim) = (p.sizes.heads.kv, p.sizes.gate_dim);
         let mut sum = last.to_vec();
-        for t in (s.start..s.start + s.len).rev() {
-            let at = (t * kv + head) * gate_dim;
-            // SAFETY: each (token, head) belongs to exactly one task.
-            let terms = unsafe { self.gate.slice(at, gate_dim) };
-            for ((term, sum), gate) in terms.iter_mut().zip(&mut sum).zip(&p.gate[at..at + gate_dim]) {
-                *sum += f64::from(*term);
-                // A clamped gate forgets everything: its true gradient is far below float32's noise.
-                *term = if *gate <= LOWEST_GATE { 0.0 } else { *sum as f32 };
+        vectorized!(|| {
+            for t in (s.start..s.start + s.len).rev() {
+                let at = (t * kv + head) * gate_dim;
+                // SAFETY: each (token, head) belongs to exactly one task.
+                let terms = unsafe { self.gate.slice(at, gate_dim) };
+                for ((term, sum), gate) in terms.iter_mut().zip(&mut sum).zip(&p.gate[at..at + gate_dim]) {
+                    *sum += f64::from(*term);
+                    // A clamped gate forgets everything: its true gradient is far below float32's noise.
+                    *term = if *gate <= LOWEST_GATE { 0.0 } else { *sum as f32 };
+                }
             }
-        }
+        },);
     }
 }
