@@ -1,4 +1,4 @@
-//! Matrix products: `x w^T` as dot products ([`dots`]), everything else by the `gemm` crate.
+//! Matrix products: `x w^T` as dot products ([`dots`]), everything else by `gemm-f32`, the `gemm` crate's part for float32.
 
 use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
 
@@ -64,7 +64,7 @@ impl Alone {
         accumulate: bool,
     ) {
         match self {
-            Self::Full => matmul(c, c_stride, sizes, a, b, scale, accumulate, gemm::Parallelism::None),
+            Self::Full => matmul(c, c_stride, sizes, a, b, scale, accumulate, gemm_common::Parallelism::None),
             #[cfg(target_arch = "x86_64")]
             Self::Rounded(kernel) => bfloat::product_alone(kernel, (c, c_stride), sizes, (a, b), scale, accumulate),
         }
@@ -81,7 +81,7 @@ fn matmul(
     b: Matrix<'_>,
     scale: f32,
     accumulate: bool,
-    parallelism: gemm::Parallelism,
+    parallelism: gemm_common::Parallelism,
 ) {
     if m == 0 || n == 0 {
         return;
@@ -89,7 +89,7 @@ fn matmul(
     assert!(rows(c, c_stride).covers(m, n) && a.covers(m, k) && b.covers(k, n), "matrix product {m} x {k} x {n}");
     // SAFETY: the assertion puts every element that the strides reach inside its slice, and `c` is borrowed alone.
     unsafe {
-        gemm::gemm(
+        gemm_f32::gemm::f32::get_gemm_fn()(
             m,
             n,
             k,
@@ -114,8 +114,8 @@ fn matmul(
 }
 
 /// All threads of the pool, or this one alone where the product is too small to share.
-fn share(work: usize) -> gemm::Parallelism {
-    if work < 1 << 18 { gemm::Parallelism::None } else { gemm::Parallelism::Rayon(threads()) }
+fn share(work: usize) -> gemm_common::Parallelism {
+    if work < 1 << 18 { gemm_common::Parallelism::None } else { gemm_common::Parallelism::Rayon(threads()) }
 }
 
 pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
