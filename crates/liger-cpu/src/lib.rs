@@ -1,5 +1,5 @@
 //! The operations of `liger-tensor` on any CPU: plain loops that the compiler turns into vector code for the CPU at
-//! hand (chosen when the program runs), large matrix products of float32 by the `gemm` crate, on as many threads
+//! hand (chosen when the program runs), large matrix products of float32 by `gemm-f32`, on as many threads
 //! as the global rayon pool has.
 //!
 //! ```
