@@ -134,7 +134,8 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
     let a_data = a.as_f32()?;
     #[cfg(target_arch = "x86_64")]
     if let (Storage::Bf16(b), false, true, Some(kernel)) = (b.storage(), how.transpose_a, m >= PACKED, bfloat::best()) {
-        bfloat::product(kernel, c.as_f32_mut()?, a_data, b, (m, n, k), how);
+        let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
+        bfloat::product(kernel, c.as_f32_mut()?, a_data, b, (m, n, k), how.scale, how.accumulate);
         return Ok(());
     }
     if let Storage::F32(b) = b.storage()

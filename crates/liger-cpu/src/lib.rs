@@ -383,3 +383,13 @@ impl Ops for Cpu {
         self.profile.time("adamw", || parameters.iter_mut().try_for_each(|parameter| loss::adamw(parameter, step)))
     }
 }
+
+/// Names the kernels that this CPU cannot test; past the capture of tests that pass.
+#[cfg(test)]
+fn tell_untested<K: std::fmt::Debug + PartialEq>(all: &[K], found: &[K]) {
+    use std::io::Write;
+    let lacking: Vec<_> = all.iter().filter(|kernel| !found.contains(kernel)).collect();
+    if !lacking.is_empty() {
+        writeln!(std::io::stderr(), "not tested, for this CPU lacks them: {lacking:?}").unwrap();
+    }
+}

@@ -317,7 +317,6 @@ impl Bench<'_> {
         let (mut work, mut time) = (0.0, 0.0);
         for (out, input, count) in [(q, d, 1), (kv, d, 2), (d, q, 1), (ff, d, 2), (d, ff, 1)] {
             let weights = self.decoder.weights().dtype();
-            let weights = if weights.is_quantized() { ops.activations() } else { weights };
             let tensor = |rows: usize| ops.random(&[tokens, rows], 1.0, 1, ops.activations());
             let (x, w, y) = (tensor(input)?, ops.random(&[out, input], 1.0, 1, weights)?, tensor(out)?);
             let (mut forward, mut gradient) = (ops.empty(&[tokens, out])?, ops.empty(&[tokens, input])?);

@@ -7,15 +7,14 @@
 
 mod amx;
 mod avx512;
-mod pack;
+pub(crate) mod pack;
 
 use std::cell::Cell;
 use std::ops::Range;
 
-use half::bf16;
-use liger_tensor::{Gemm, Lines};
+use liger_tensor::Lines;
 
-use self::pack::{Layout, Pair, ROWS, Source, pack};
+use self::pack::{Blocks, Layout, Pair, ROWS, pack};
 use crate::gemm::{Matrix, rows};
 use crate::parallel::{Disjoint, for_tasks, threads};
 
@@ -141,12 +140,17 @@ impl Block<'_> {
     }
 }
 
-/// `c [m, n] = scale a [m, k] op(b) (+ c)`; b is `[n, k]` where `how` transposes it, else `[k, n]`.
-pub(crate) fn product(kernel: Kernel, c: &mut [f32], a: &[f32], b: &[bf16], sizes: (usize, usize, usize), how: Gemm) {
-    let (m, n, k) = sizes;
-    assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k, "bfloat16 product {m} x {k} x {n}");
-    // `[outputs, terms]`
-    let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
+/// `c [m, n] = scale a [m, k] b [n, k]^T (+ c)`.
+pub(crate) fn product(
+    kernel: Kernel,
+    c: &mut [f32],
+    a: &[f32],
+    b: impl Blocks,
+    (m, n, k): (usize, usize, usize),
+    scale: f32,
+    accumulate: bool,
+) {
+    assert!(c.len() == m * n && a.len() == m * k && b.covers(n, k), "bfloat16 product {m} x {k} x {n}");
     let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel());
     let mut rounded = ROUNDED.take();
     let rounded_rows = m.next_multiple_of(ROWS);
@@ -173,8 +177,8 @@ pub(crate) fn product(kernel: Kernel, c: &mut [f32], a: &[f32], b: &[bf16], size
             let terms = from..k.min(from + depth);
             let b = packed_panels(kernel, &mut packed, b, outputs.clone(), terms.clone());
             let (a, terms) = (&a[from / 2 * kernel.rows_together()..], terms.len().next_multiple_of(STEP));
-            let (first, count, scale) = (outputs.start, outputs.len(), how.scale);
-            let accumulate = how.accumulate || from > 0;
+            let (first, count) = (outputs.start, outputs.len());
+            let accumulate = accumulate || from > 0;
             multiply(
                 kernel,
                 Work { a, stride, rows: m, b, panel, terms, c, first, width: n, count, scale, accumulate },
@@ -212,13 +216,13 @@ pub(crate) fn product_alone(
 }
 
 /// Panels of some outputs of `b [outputs, terms]`.
-fn packed_panels<'a, S: Source>(
+fn packed_panels(
     kernel: Kernel,
-    memory: &'a mut Lines,
-    b: Matrix<'_, S>,
+    memory: &mut Lines,
+    b: impl Blocks,
     outputs: Range<usize>,
     terms: Range<usize>,
-) -> &'a [Pair] {
+) -> &[Pair] {
     let panel = kernel.panel();
     let len = outputs.len().next_multiple_of(panel) * terms.len().next_multiple_of(STEP) / 2;
     memory.reserve::<Pair>(len);
@@ -246,6 +250,8 @@ thread_local! {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     fn numbers(count: usize, seed: u64) -> Vec<f32> {
@@ -260,7 +266,7 @@ mod tests {
     #[test]
     fn every_kernel_gives_the_products_of_rounded_numbers() {
         let found = available();
-        println!("kernels on this CPU: {found:?}");
+        crate::tell_untested(&[Kernel::Amx, Kernel::Avx512Bf16], &found);
         let sizes = [
             (1, 1, 1),
             (5, 33, 31),
@@ -282,9 +288,9 @@ mod tests {
                 };
                 for &kernel in &found {
                     for (scale, accumulate) in [(1.0, false), (0.5, true)] {
-                        let how = Gemm { transpose_a: false, transpose_b, scale, accumulate };
                         let mut c = old.clone();
-                        product(kernel, &mut c, &a, &b, (m, n, k), how);
+                        let matrix = if transpose_b { rows(&b, k) } else { rows(&b, n).t() };
+                        product(kernel, &mut c, &a, matrix, (m, n, k), scale, accumulate);
                         for (at, c) in c.iter().enumerate() {
                             let before = if accumulate { f64::from(old[at]) } else { 0.0 };
                             let expected = before + f64::from(scale) * expected(at / n, at % n);

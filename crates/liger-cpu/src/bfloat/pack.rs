@@ -15,14 +15,14 @@ use super::STEP;
 use crate::gemm::Matrix;
 
 /// Rows of a block.
-pub(super) const ROWS: usize = 16;
+pub(crate) const ROWS: usize = 16;
 
 /// Two neighbouring terms of one row.
 pub(super) type Pair = u32;
 
 /// How the 16 vectors of a block lie.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+pub(crate) enum Form {
     /// A row each: its 32 terms.
     Rows,
     /// Two terms each: those of the 16 rows.
@@ -61,7 +61,7 @@ impl Layout {
 }
 
 /// Numbers that are bfloat16, or rounded to it.
-pub(super) trait Source: Copy {
+pub(super) trait Source: Copy + Sync {
     /// The neighbours that the mask names.
     ///
     /// # Safety
@@ -121,46 +121,76 @@ fn side_by_side(low: __m256i, high: __m256i) -> __m512i {
     _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high)))
 }
 
+/// A matrix `[rows, terms]` that is packed a block at a time.
+pub(crate) trait Blocks: Copy + Sync {
+    fn covers(self, rows: usize, terms: usize) -> bool;
+
+    /// Whether the next block in memory is that of the next terms, not of the next rows.
+    fn lies_by_rows(self) -> bool;
+
+    /// The numbers of at most 16 rows and 32 terms, in bfloat16; the rest are zeros.
+    ///
+    /// # Safety
+    /// AVX-512 with BW, VL and BF16; the matrix must cover them, and the first of them are multiples of 16 and 32 where it lies
+    /// in blocks of its own.
+    unsafe fn block(self, rows: Range<usize>, terms: Range<usize>) -> ([__m512i; ROWS], Form);
+}
+
+impl<S: Source> Blocks for Matrix<'_, S> {
+    fn covers(self, rows: usize, terms: usize) -> bool {
+        let has_neighbours = self.column_stride == 1 || self.row_stride == 1;
+        has_neighbours && Matrix::covers(&self, rows, terms)
+    }
+
+    fn lies_by_rows(self) -> bool {
+        self.column_stride == 1
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    #[inline]
+    unsafe fn block(self, rows: Range<usize>, terms: Range<usize>) -> ([__m512i; ROWS], Form) {
+        let from = self.data.as_ptr().wrapping_add(rows.start * self.row_stride + terms.start * self.column_stride);
+        let mut x = [_mm512_setzero_si512(); ROWS];
+        if self.column_stride == 1 {
+            let mask = u32::MAX >> (STEP - terms.len());
+            for (row, x) in x[..rows.len()].iter_mut().enumerate() {
+                // SAFETY: the matrix covers these terms.
+                *x = unsafe { S::terms(from.wrapping_add(row * self.row_stride), mask) };
+            }
+            return (x, Form::Rows);
+        }
+        let mask = u16::MAX >> (ROWS - rows.len());
+        for (pair, x) in x[..terms.len().div_ceil(2)].iter_mut().enumerate() {
+            let low = from.wrapping_add(2 * pair * self.column_stride);
+            let high = if 2 * pair + 1 < terms.len() { mask } else { 0 };
+            // SAFETY: as above.
+            *x = unsafe { S::pairs((low, mask), (low.wrapping_add(self.column_stride), high)) };
+        }
+        (x, Form::Pairs)
+    }
+}
+
 /// Rows `rows` of a matrix in this order, `terms` of each. What lies behind the last row, up to a multiple of 16, may be anything.
 ///
 /// # Safety
-/// AVX-512 with BW, VL and BF16.
+/// AVX-512 with BW, VL and BF16; the first row and term as [`Blocks::block`] wants them.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn pack<S: Source>(
+pub(super) unsafe fn pack(
     to: &mut [Pair],
     layout: Layout,
-    matrix: Matrix<'_, S>,
+    matrix: impl Blocks,
     rows: Range<usize>,
     terms: Range<usize>,
 ) {
-    assert!(matrix.covers(rows.end, terms.end), "a matrix of too few numbers");
-    assert!(matrix.column_stride == 1 || matrix.row_stride == 1, "a matrix without neighbours");
+    assert!(matrix.covers(rows.end, terms.end), "a matrix of too few numbers, or without neighbours");
     let (row_blocks, steps) = (rows.len().div_ceil(ROWS), terms.len().div_ceil(STEP));
     for i in 0..row_blocks * steps {
         // In the order in which the matrix lies.
-        let (row, step) =
-            if matrix.column_stride == 1 { (i / steps, i % steps) } else { (i % row_blocks, i / row_blocks) };
+        let (row, step) = if matrix.lies_by_rows() { (i / steps, i % steps) } else { (i % row_blocks, i / row_blocks) };
         let (first_row, first_term) = (rows.start + row * ROWS, terms.start + step * STEP);
-        let (count, len) = (ROWS.min(rows.end - first_row), STEP.min(terms.end - first_term));
-        let from = matrix.data.as_ptr().wrapping_add(first_row * matrix.row_stride + first_term * matrix.column_stride);
-        let mut x = [_mm512_setzero_si512(); ROWS];
-        let lies = if matrix.column_stride == 1 {
-            let mask = u32::MAX >> (STEP - len);
-            for (row, x) in x[..count].iter_mut().enumerate() {
-                // SAFETY: the matrix covers these terms.
-                *x = unsafe { S::terms(from.wrapping_add(row * matrix.row_stride), mask) };
-            }
-            Form::Rows
-        } else {
-            let mask = u16::MAX >> (ROWS - count);
-            for (pair, x) in x[..len.div_ceil(2)].iter_mut().enumerate() {
-                let low = from.wrapping_add(2 * pair * matrix.column_stride);
-                let high = if 2 * pair + 1 < len { mask } else { 0 };
-                // SAFETY: as above.
-                *x = unsafe { S::pairs((low, mask), (low.wrapping_add(matrix.column_stride), high)) };
-            }
-            Form::Pairs
-        };
+        let (last_row, last_term) = (rows.end.min(first_row + ROWS), terms.end.min(first_term + STEP));
+        // SAFETY: the matrix covers these terms; the rest is the caller's promise.
+        let (mut x, lies) = unsafe { matrix.block(first_row..last_row, first_term..last_term) };
         if lies != layout.form() {
             x = transposed(x);
         }

@@ -56,6 +56,18 @@ impl Kernel {
     }
 }
 
+/// Those of this architecture.
+#[cfg(test)]
+pub(super) const ALL: &[Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    Kernel::Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
+    Kernel::Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Kernel::NeonDot,
+    Kernel::Portable,
+];
+
 /// Those that this CPU has, best first.
 pub(crate) fn available() -> Vec<Kernel> {
     let mut list = Vec::new();

@@ -5,6 +5,8 @@
 //! one vector of 64 bytes holds four terms for each of 16 outputs, as VNNI's dot products take them.
 
 mod kernels;
+#[cfg(target_arch = "x86_64")]
+mod unpack;
 
 use std::any::Any;
 
@@ -12,6 +14,8 @@ use half::f16;
 use liger_tensor::quantize::BLOCK;
 use liger_tensor::{DType, DeviceMemory};
 
+#[cfg(target_arch = "x86_64")]
+use crate::bfloat;
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
 /// Outputs (rows of the matrix) that lie together.
@@ -243,6 +247,11 @@ fn round<const N: usize, T>(
     },);
 }
 
+/// Rows of `x` from which weights are unpacked to bfloat16, where the CPU multiplies that. It is faster from some 24 on, but a step of
+/// many texts must give each what it gives that text alone, and those are few.
+#[cfg(target_arch = "x86_64")]
+const UNPACKED: usize = 96;
+
 /// Rows of `x` that are gone through with one group of outputs before the next: what the nearest caches hold.
 const ROW_BLOCK: usize = 192;
 
@@ -250,6 +259,10 @@ const ROW_BLOCK: usize = 192;
 pub(crate) fn product(c: &mut [f32], x: &[f32], w: &Quantized, m: usize, scale: f32, accumulate: bool) {
     let (n, k) = w.shape();
     assert!(c.len() == m * n && x.len() == m * k, "quantised product {m} x {k} x {n}");
+    #[cfg(target_arch = "x86_64")]
+    if let (true, Some(kernel)) = (m >= UNPACKED, bfloat::best()) {
+        return bfloat::product(kernel, c, x, w, (m, n, k), scale, accumulate);
+    }
     let kernel = kernels::best();
     let x = &Rounded::new(x, kernel.takes_bytes());
     let c = &Disjoint::new(c);
@@ -272,7 +285,7 @@ mod tests {
 
     use super::*;
 
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    pub(super) fn numbers(count: usize, seed: u64) -> Vec<f32> {
         let next = |state: &mut u64| {
             *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (*state >> 40) as f32 / (1 << 23) as f32 - 1.0
@@ -282,7 +295,7 @@ mod tests {
     }
 
     /// ggml's Q4_0 in the form of Q4_1: the minimum is -8 scales.
-    fn symmetric(blocks: &mut [u8]) {
+    pub(super) fn symmetric(blocks: &mut [u8]) {
         for block in blocks.chunks_exact_mut(DType::Q4_1.bytes(BLOCK)) {
             let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
             block[2..4].copy_from_slice(&f16::from_f32(-8.0 * scale).to_le_bytes());
@@ -292,7 +305,7 @@ mod tests {
     #[test]
     fn every_kernel_gives_the_products_of_what_was_packed() {
         let found = kernels::available();
-        println!("kernels on this CPU: {found:?}");
+        crate::tell_untested(kernels::ALL, &found);
         for (m, n, k) in
             [(1, 1, 32), (1, 100, 64), (2, 64, 576), (5, 33, 96), (13, 16, 32), (30, 70, 160), (200, 40, 64)]
         {
@@ -337,11 +350,13 @@ mod tests {
                 }
                 let mut c = old.clone();
                 product(&mut c, &x, &packed, m, 1.0, false);
+                // Many rows may have been rounded to bfloat16, and the weights with them.
+                let bound = if m < 96 { 1e-4 } else { 1e-2 };
                 let worst = c
                     .iter()
                     .enumerate()
                     .fold(0.0f64, |worst, (at, c)| worst.max((f64::from(*c) - expected(at / n, at % n)).abs()));
-                assert!(worst < 1e-4 * (k as f64).sqrt(), "{m} {n} {k}, form {form}: {worst} off");
+                assert!(worst < bound * (k as f64).sqrt(), "{m} {n} {k}, form {form}: {worst} off");
             }
         }
     }
