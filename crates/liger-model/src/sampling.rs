@@ -3,6 +3,7 @@
 use liger_tensor::{Draw, Ops, Tensor};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
 use crate::error::Result;
 
@@ -74,11 +75,11 @@ pub fn choose(ops: &dyn Ops, logits: &Tensor, texts: &mut [Chooser<'_>]) -> Resu
     }
     let all = if chosen.contains(&None) { Some(ops.download(logits)?) } else { None };
     let width = logits.len() / texts.len().max(1);
-    for (i, text) in texts.iter_mut().enumerate() {
-        if let (None, Some(all)) = (chosen[i], &all) {
-            let mut row = all[i * width..(i + 1) * width].to_vec();
-            chosen[i] = Some(text.sampling.pick(&mut row, text.seen, text.rng));
-        }
+    if let Some(all) = &all {
+        let rows = all.par_chunks_exact(width.max(1)).zip(texts).zip(&mut chosen);
+        rows.filter(|(_, chosen)| chosen.is_none()).for_each(|((row, text), chosen)| {
+            *chosen = Some(text.sampling.pick(&mut row.to_vec(), text.seen, text.rng));
+        });
     }
     let ids = chosen.into_iter().flatten().collect();
     Ok((ids, all))

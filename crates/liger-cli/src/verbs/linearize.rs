@@ -226,16 +226,17 @@ impl Texts {
         let (training, validation) = if let Some(documents) = given.training {
             documents.split(recipe.data.validation, recipe.train.seed)
         } else {
-            let length = teacher.context_limit().map_or(PIECE, |limit| limit.min(PIECE));
+            let longest = teacher.context_limit().map_or(PIECE, |limit| limit.min(PIECE));
+            let length = recipe.data.length.min(longest);
             let wanted = args.self_tokens.min(recipe.train.tokens).div_ceil(length as u64) as usize;
             // One conversation validates, unless the recipe wants none.
             let kept = usize::from(recipe.data.validation > 0.0);
             let measured = if args.eval_data.is_some() { 0 } else { args.eval_pieces };
             let file = out.join("self.json");
-            let size = (wanted + kept + measured, length);
-            let mut documents = own_text(args, recipe, checkpoint, teacher, size, &file, stopped)?;
+            let lengths = [vec![length; wanted + kept], vec![longest; measured]].concat();
+            let mut documents = own_text(args, recipe, checkpoint, teacher, &lengths, &file, stopped)?;
             pieces = documents.split_off(wanted + kept).into_iter().map(|d| d.ids).collect();
-            description = format!("{measured} conversations of {length} tokens that the teacher wrote, held out");
+            description = format!("{measured} conversations of {longest} tokens that the teacher wrote, held out");
             let validation = documents.split_off(wanted);
             (documents, validation)
         };
@@ -264,7 +265,7 @@ fn own_text(
     recipe: &Recipe,
     checkpoint: &Checkpoint,
     teacher: &Decoder,
-    (count, length): (usize, usize),
+    lengths: &[usize],
     file: &Path,
     stopped: &dyn Fn() -> bool,
 ) -> Result<Vec<Document>> {
@@ -280,11 +281,10 @@ fn own_text(
     let stored = if as_stored { Some(checkpoint.load(teacher.shared_ops(), None)?) } else { None };
     let writer = stored.as_ref().unwrap_or(teacher);
     let mut documents = Vec::new();
-    while documents.len() < count {
-        let conversations = args.self_batch.clamp(1, count - documents.len());
-        let seed = recipe.train.seed.wrapping_add(documents.len() as u64);
-        let plan = OwnText { conversations, length, seed };
+    for lengths in lengths.chunks(args.self_batch.max(1)) {
         let first = documents.len();
+        let seed = recipe.train.seed.wrapping_add(first as u64);
+        let plan = OwnText { lengths: lengths.to_vec(), seed };
         documents.extend(write_own(checkpoint, writer, plan, stopped)?);
         documents[first..].iter_mut().enumerate().for_each(|(i, d)| d.line = first + i + 1);
     }
@@ -299,7 +299,7 @@ fn write_own(
     plan: OwnText,
     stopped: &dyn Fn() -> bool,
 ) -> Result<Vec<Document>> {
-    let total = plan.conversations * plan.length;
+    let total: usize = plan.lengths.iter().sum();
     let mut progress = Progress::new("self text", "tokens", total as u64);
     let generator = Generator { decoder: writer, adapter: None };
     let documents = write_conversations(generator, &checkpoint.tokenizer, plan, &mut |done, _| {

@@ -1,6 +1,7 @@
 //! Text that the teacher writes itself: conversations in which it plays both sides of its own chat template.
 
-use liger_model::{Generator, Message, Sampling, Tokenizer};
+use liger_model::{Chooser, Generator, Message, Sampling, Tokenizer, choose};
+use liger_tensor::{Ops, Tensor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -8,12 +9,10 @@ use super::Document;
 use crate::error::Result;
 
 /// How much text, and from which seed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct OwnText {
-    /// Conversations that are written side by side.
-    pub conversations: usize,
-    /// Tokens of each.
-    pub length: usize,
+    /// Tokens of each of the conversations, which are written side by side.
+    pub lengths: Vec<usize>,
     /// The same seed writes the same text.
     pub seed: u64,
 }
@@ -54,17 +53,26 @@ impl Frame {
 /// One conversation in the making.
 struct Speaker {
     document: Document,
+    length: usize,
     /// Tokens of the frame that still have to be said.
     forced: std::collections::VecDeque<u32>,
+    /// What it says next where nothing is forced.
+    chosen: u32,
     answering: bool,
     said: usize,
     rng: ChaCha8Rng,
 }
 
+impl Speaker {
+    fn goes_on(&self) -> bool {
+        self.document.ids.len() < self.length
+    }
+}
+
 /// Writes conversations; `tell(tokens so far, tokens in all)` is called as they grow and stops them with `false`.
 ///
 /// # Errors
-/// If the model fails, or the length is past its context.
+/// If the model fails, or a length is past its context.
 pub fn write_conversations(
     teacher: Generator<'_>,
     tokenizer: &Tokenizer,
@@ -72,42 +80,36 @@ pub fn write_conversations(
     tell: &mut dyn FnMut(usize, usize) -> bool,
 ) -> Result<Vec<Document>> {
     let frame = Frame::of(tokenizer)?;
-    let decoder = teacher.decoder;
-    let config = decoder.config();
-    // Plain sampling: the student must be right on what the teacher itself would say.
-    let sampling = Sampling { temperature: 1.0, top_p: 0.95, ..Sampling::default() };
-    let mut state = decoder.new_state(plan.conversations)?;
+    let config = teacher.decoder.config();
+    let mut state = teacher.decoder.new_state(plan.lengths.len())?;
     let opening = match &frame {
         Some(frame) => frame.before_user.clone(),
         None => vec![config.bos_token_id.or(config.eos_token_ids.first().copied()).unwrap_or(0)],
     };
     let ends_turn = |id: u32| config.eos_token_ids.contains(&id);
-    let mut speakers: Vec<Speaker> = (0..plan.conversations)
-        .map(|i| Speaker {
+    let mut speakers: Vec<Speaker> = (plan.lengths.iter().enumerate())
+        .map(|(i, &length)| Speaker {
             document: Document { line: i + 1, ids: Vec::new(), answer: Vec::new(), begin: None },
+            length,
             forced: opening.iter().copied().collect(),
+            chosen: 0,
             answering: frame.is_none(),
             said: 0,
             rng: ChaCha8Rng::seed_from_u64(plan.seed.wrapping_mul(1_000_003).wrapping_add(i as u64)),
         })
         .collect();
-    let mut logits: Vec<f32> = Vec::new();
-    let vocabulary = config.vocab_size;
-    for position in 0..plan.length {
+    let (mut written, total) = (0, plan.lengths.iter().sum());
+    while written < total {
         let mut step = Vec::with_capacity(speakers.len());
-        for (slot, s) in speakers.iter_mut().enumerate() {
+        for (slot, s) in speakers.iter_mut().enumerate().filter(|(_, s)| s.goes_on()) {
             let forced = s.forced.pop_front();
-            let id = forced.unwrap_or_else(|| {
-                let row = &mut logits[slot * vocabulary..(slot + 1) * vocabulary];
-                if s.said == 0 {
-                    // Nobody says nothing.
-                    config.eos_token_ids.iter().for_each(|&id| row[id as usize] = f32::NEG_INFINITY);
-                }
-                sampling.pick(row, &[], &mut s.rng)
-            });
+            let id = forced.unwrap_or(s.chosen);
             s.document.ids.push(id);
             s.document.answer.push(forced.is_none() && s.answering);
-            step.push((slot, id));
+            written += 1;
+            if s.goes_on() {
+                step.push((slot, id));
+            }
             if let (Some(frame), None) = (&frame, forced) {
                 s.said += 1;
                 let longest = if s.answering { LONGEST_ANSWER } else { LONGEST_USER_TURN };
@@ -120,12 +122,46 @@ pub fn write_conversations(
                 }
             }
         }
-        if !tell((position + 1) * plan.conversations, plan.length * plan.conversations) {
+        if !tell(written, total) {
             break;
         }
-        if position + 1 < plan.length {
-            logits = decoder.ops().download(teacher.step(&mut state, &step)?)?;
+        if !step.is_empty() {
+            let logits = teacher.step(&mut state, &step)?;
+            let speakers = speakers.iter_mut().filter(|s| s.goes_on()).collect();
+            choose_all(teacher.decoder.ops(), logits, speakers, &config.eos_token_ids)?;
         }
     }
     Ok(speakers.into_iter().map(|s| s.document).collect())
+}
+
+/// What each says next, from `logits [speakers, V]`.
+fn choose_all(ops: &dyn Ops, logits: &Tensor, mut speakers: Vec<&mut Speaker>, ends: &[u32]) -> Result<()> {
+    // Plain sampling: the student must be right on what the teacher itself would say.
+    let plain = Sampling { temperature: 1.0, top_p: 0.95, ..Sampling::default() };
+    let greedy = Sampling::default();
+    let mut choosers: Vec<_> = (speakers.iter_mut())
+        .map(|s| Chooser {
+            // Nothing is drawn for who does not choose.
+            sampling: if s.forced.is_empty() { &plain } else { &greedy },
+            seen: &[],
+            rng: &mut s.rng,
+            shows_logits: false,
+        })
+        .collect();
+    let (ids, mut all) = choose(ops, logits, &mut choosers)?;
+    for (row, (s, id)) in speakers.into_iter().zip(ids).enumerate() {
+        s.chosen = id;
+        // Nobody says nothing.
+        if s.forced.is_empty() && s.said == 0 && ends.contains(&id) {
+            let all = match &mut all {
+                Some(all) => all,
+                None => all.insert(ops.download(logits)?),
+            };
+            let width = logits.len() / logits.dim(0);
+            let row = &mut all[row * width..(row + 1) * width];
+            ends.iter().for_each(|&id| row[id as usize] = f32::NEG_INFINITY);
+            s.chosen = plain.pick(row, &[], &mut s.rng);
+        }
+    }
+    Ok(())
 }
