@@ -88,22 +88,25 @@ fn tile<const R: usize>(p: &Block<'_>, row: usize) {
     }
     let scale = _mm512_set1_ps(p.scale);
     for r in 0..R {
-        let mut last = [0.0f32; PANEL];
         // The last panel may be narrower than 32 outputs.
-        let out = if p.count == PANEL { p.outputs(row + r) } else { &mut last };
+        if p.count < PANEL {
+            let mut last = [0.0f32; PANEL];
+            for half in 0..2 {
+                // SAFETY: 16 floats of 32, no alignment needed.
+                unsafe { _mm512_storeu_ps(last.as_mut_ptr().add(half * PANEL / 2), sums[r][half]) };
+            }
+            p.store(row + r, &last);
+            continue;
+        }
+        let out = p.outputs(row + r);
         assert!(out.len() == PANEL);
         for half in 0..2 {
-            // SAFETY: 16 floats of 32, no alignment needed.
+            // SAFETY: as above.
             unsafe {
                 let at = out.as_mut_ptr().add(half * PANEL / 2);
-                let add = p.accumulate && p.count == PANEL;
-                let before = if add { _mm512_loadu_ps(at) } else { _mm512_setzero_ps() };
-                let factor = if p.count == PANEL { scale } else { _mm512_set1_ps(1.0) };
-                _mm512_storeu_ps(at, _mm512_fmadd_ps(factor, sums[r][half], before));
+                let before = if p.accumulate { _mm512_loadu_ps(at) } else { _mm512_setzero_ps() };
+                _mm512_storeu_ps(at, _mm512_fmadd_ps(scale, sums[r][half], before));
             }
-        }
-        if p.count < PANEL {
-            p.store(row + r, &last);
         }
     }
 }

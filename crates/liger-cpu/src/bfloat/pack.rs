@@ -150,6 +150,23 @@ impl<S: Source> Blocks for Matrix<'_, S> {
     #[inline]
     unsafe fn block(self, rows: Range<usize>, terms: Range<usize>) -> ([__m512i; ROWS], Form) {
         let from = self.data.as_ptr().wrapping_add(rows.start * self.row_stride + terms.start * self.column_stride);
+        // Loops of constant length leave a whole block in registers.
+        if rows.len() == ROWS && terms.len() == STEP {
+            let mut x = [_mm512_setzero_si512(); ROWS];
+            if self.column_stride == 1 {
+                for (row, x) in x.iter_mut().enumerate() {
+                    // SAFETY: the matrix covers these terms.
+                    *x = unsafe { S::terms(from.wrapping_add(row * self.row_stride), u32::MAX) };
+                }
+                return (x, Form::Rows);
+            }
+            for (pair, x) in x.iter_mut().enumerate() {
+                let low = from.wrapping_add(2 * pair * self.column_stride);
+                // SAFETY: as above.
+                *x = unsafe { S::pairs((low, u16::MAX), (low.wrapping_add(self.column_stride), u16::MAX)) };
+            }
+            return (x, Form::Pairs);
+        }
         let mut x = [_mm512_setzero_si512(); ROWS];
         if self.column_stride == 1 {
             let mask = u32::MAX >> (STEP - terms.len());
