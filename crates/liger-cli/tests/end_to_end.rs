@@ -48,6 +48,10 @@ fn linearize_then_use_the_model() {
     let config: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("run/config.json")).unwrap()).unwrap();
     assert_eq!(config["liger"]["structure"], "gla");
 
+    // What was written for other settings is not gone on with.
+    let (error, code) = failure(liger().args(args).args(["--resume", "--tokens", "640"]).current_dir(dir), dir);
+    assert!(code == Some(2) && error.contains("self.json: found 8 conversations, these settings take 12"), "{error}");
+
     // The fused model and base + adapter in the Liger form say the same.
     run(&["convert", "base", "--structure", "gla", "--window", "16", "--sinks", "2", "--out", "form"], dir);
     run(&["fuse", "form", "--adapter", "run/adapter", "--out", "fused"], dir);

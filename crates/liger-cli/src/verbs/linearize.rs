@@ -273,6 +273,12 @@ fn own_text(
         let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
         let ids: Vec<(Vec<u32>, Vec<bool>)> = serde_json::from_str(&text)
             .map_err(|e| anyhow::anyhow!("{}: damaged ({e}); start anew with --force", file.display()))?;
+        if ids.len() != lengths.len() {
+            let (path, found, expected) = (file.display(), ids.len(), lengths.len());
+            bail!(
+                "{path}: found {found} conversations, these settings take {expected}; resume with those that the run began with, or start anew with --force"
+            );
+        }
         let document = |(i, (ids, answer))| Document { line: i + 1, ids, answer, begin: None };
         return Ok(ids.into_iter().enumerate().map(document).collect());
     }
