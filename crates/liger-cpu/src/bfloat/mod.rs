@@ -1,5 +1,5 @@
 //! Products on CPUs that multiply bfloat16 themselves: float32 operands are rounded to it, sums are float32. [`product`] is that of
-//! activations with bfloat16 weights, by all threads; [`product_alone`] that of two float32 matrices which stay in a thread's caches.
+//! activations with weights in bfloat16, or unpacked to it, by all threads; [`product_alone`] that of two float32 matrices which stay in a thread's caches.
 //!
 //! The weights are cut into panels of 16 or 32 outputs. A task packs some panels, some terms of the sum at a time, into memory that
 //! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing

@@ -238,23 +238,17 @@ mod neon;
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, _mm256_load_si256, _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
-        _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32,
-        _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16,
-        _mm512_storeu_ps,
+        _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+        _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
     };
 
-    use super::{BLOCK, DType, LANES, Piece, STEP, Sixteen};
+    use super::super::unpack::numbers;
+    use super::{BLOCK, DType, LANES, Piece, STEP};
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn piece(p: &Piece<'_>) {
         tiles!(p, tile, "avx512f,avx512bw,avx512vnni", [4: 1 2] [2: 1 2 3 4] [1: 1 2 3 4 5 6 7 8]);
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn numbers(n: &Sixteen) -> __m512 {
-        // SAFETY: 32 bytes that are aligned by their type.
-        unsafe { _mm512_cvtph_ps(_mm256_load_si256(n.0.as_ptr().cast())) }
     }
 
     // No closures here: what the standard library calls with them is compiled without these instructions.

@@ -2,7 +2,8 @@
 //! cost a model of 135 M parameters half a percent of perplexity).
 //!
 //! Of a block of 32 terms the sum is one of integers, `sum q_w q_x`; scales are applied to it in float32. Weights lie so that
-//! one vector of 64 bytes holds four terms for each of 16 outputs, as VNNI's dot products take them.
+//! one vector of 64 bytes holds four terms for each of 16 outputs, as VNNI's dot products take them. Where the CPU multiplies
+//! bfloat16, products of many rows go that way instead, and weights are unpacked to it as they are needed.
 
 mod kernels;
 #[cfg(target_arch = "x86_64")]

@@ -51,7 +51,7 @@ impl Blocks for &Quantized {
 
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn numbers(n: &Sixteen) -> __m512 {
+pub(super) fn numbers(n: &Sixteen) -> __m512 {
     // SAFETY: 32 bytes that are aligned by their type.
     unsafe { _mm512_cvtph_ps(_mm256_load_si256(n.0.as_ptr().cast())) }
 }
