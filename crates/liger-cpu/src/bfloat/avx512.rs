@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32,
+    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
     _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
 };
 
@@ -86,26 +86,29 @@ fn tile<const R: usize>(p: &Block<'_>, row: usize) {
             }
         }
     }
-    let scale = _mm512_set1_ps(p.scale);
-    for r in 0..R {
-        // The last panel may be narrower than 32 outputs.
-        if p.count < PANEL {
-            let mut last = [0.0f32; PANEL];
+    // The last panel may be narrower than 32 outputs.
+    if p.count < PANEL {
+        let mut rows = [[0.0f32; PANEL]; R];
+        for r in 0..R {
             for half in 0..2 {
                 // SAFETY: 16 floats of 32, no alignment needed.
-                unsafe { _mm512_storeu_ps(last.as_mut_ptr().add(half * PANEL / 2), sums[r][half]) };
+                unsafe { _mm512_storeu_ps(rows[r].as_mut_ptr().add(half * PANEL / 2), sums[r][half]) };
             }
-            p.store(row + r, &last);
-            continue;
         }
-        let out = p.outputs(row + r);
-        assert!(out.len() == PANEL);
+        rows.iter().enumerate().for_each(|(r, sums)| p.store(row + r, sums));
+        return;
+    }
+    // Only the first and the last row are looked at: with a check of each, the loop stays a loop, and sums go through memory.
+    let (out, last) = (p.outputs(row).as_mut_ptr(), p.outputs(row + R - 1));
+    assert!(last.len() == PANEL);
+    let (scale, before) = (_mm512_set1_ps(p.scale), if p.accumulate { u16::MAX } else { 0 });
+    for r in 0..R {
         for half in 0..2 {
-            // SAFETY: as above.
+            // SAFETY: the panel's outputs of a row between two that are there.
             unsafe {
-                let at = out.as_mut_ptr().add(half * PANEL / 2);
-                let before = if p.accumulate { _mm512_loadu_ps(at) } else { _mm512_setzero_ps() };
-                _mm512_storeu_ps(at, _mm512_fmadd_ps(scale, sums[r][half], before));
+                let at = out.add(r * p.width + half * PANEL / 2);
+                let sums = _mm512_fmadd_ps(scale, sums[r][half], _mm512_maskz_loadu_ps(before, at));
+                _mm512_storeu_ps(at, sums);
             }
         }
     }
