@@ -18,7 +18,7 @@ use crate::files;
 pub struct Tokenizer {
     inner: Option<tokenizers::Tokenizer>,
     /// `tokenizer.json`.
-    json: Vec<u8>,
+    json: String,
     /// `tokenizer_config.json`.
     config: Map<String, Value>,
     /// The template of conversations, if the model has one.
@@ -43,7 +43,7 @@ impl Tokenizer {
                 remedy: "save the model with a fast tokenizer (transformers: `tokenizer.save_pretrained`)".into(),
             });
         }
-        let json = std::fs::read(&path).map_err(io(&path, "read"))?;
+        let json = std::fs::read_to_string(&path).map_err(io(&path, "read"))?;
         let config_path = folder.join(CONFIG);
         let config = match config_path.exists() {
             true => {
@@ -67,7 +67,7 @@ impl Tokenizer {
     pub fn from_gguf(metadata: &HashMap<String, MetadataValue>, path: &Path) -> Result<Self> {
         let (json, config) = gguf::rebuild(metadata, path)?;
         let template = template_of(&config);
-        Self::build(json.to_string().into_bytes(), config, template, path)
+        Self::build(json.to_string(), config, template, path)
     }
 
     /// Out of the texts of `tokenizer.json`, `tokenizer_config.json` and the chat template; `path` is for messages.
@@ -77,7 +77,7 @@ impl Tokenizer {
     pub(crate) fn from_texts(json: &str, config: &str, template: Option<&str>, path: &Path) -> Result<Self> {
         let config = serde_json::from_str(config)
             .map_err(|e| Error::corrupt(path, format!("{CONFIG}: not a JSON object: {e}")))?;
-        Self::build(json.as_bytes().to_vec(), config, template.map(str::to_owned), path)
+        Self::build(json.to_owned(), config, template.map(str::to_owned), path)
     }
 
     /// The same texts, the template empty if there is none; `None` without a vocabulary.
@@ -86,17 +86,18 @@ impl Tokenizer {
         let template = self.chat.as_ref().map_or(String::new(), |chat| chat.source().to_owned());
         let mut config = self.config.clone();
         config.remove("chat_template");
-        Some([String::from_utf8_lossy(&self.json).into_owned(), Value::Object(config).to_string(), template])
+        Some([self.json.clone(), Value::Object(config).to_string(), template])
     }
 
     /// No vocabulary: tokens are the bytes of the text. For models that come without a tokenizer, as fixtures do.
     pub fn bytes() -> Self {
-        Self { inner: None, json: Vec::new(), config: Map::new(), chat: None }
+        Self { inner: None, json: String::new(), config: Map::new(), chat: None }
     }
 
-    fn build(json: Vec<u8>, config: Map<String, Value>, template: Option<String>, path: &Path) -> Result<Self> {
+    fn build(json: String, config: Map<String, Value>, template: Option<String>, path: &Path) -> Result<Self> {
         let damaged = |e: tokenizers::Error| Error::corrupt(path, format!("not a tokenizer that can be read: {e}"));
-        let mut inner = tokenizers::Tokenizer::from_bytes(&json).map_err(damaged)?;
+        // Not `from_bytes`: it is generic, and would compile all of the tokenizers' parsing once more in this crate.
+        let mut inner: tokenizers::Tokenizer = json.parse().map_err(damaged)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(damaged)?;
         let special = |name: &str| match config.get(name) {
@@ -158,7 +159,7 @@ impl Tokenizer {
         if self.inner.is_none() {
             return Ok(());
         }
-        files::write_whole(&folder.join(JSON), &self.json)?;
+        files::write_whole(&folder.join(JSON), self.json.as_bytes())?;
         let mut config = self.config.clone();
         if let Some(chat) = &self.chat {
             config.remove("chat_template");
