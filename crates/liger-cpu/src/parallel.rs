@@ -9,7 +9,7 @@ pub(crate) struct Disjoint<'a, T = f32> {
     life: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the pointer is only used through `slice`, whose callers promise that no two tasks overlap.
+// SAFETY: whoever writes through the pointer promises that no two tasks overlap.
 unsafe impl<T: Send> Send for Disjoint<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
@@ -25,9 +25,14 @@ impl<'a, T> Disjoint<'a, T> {
     /// No other live slice of the same object may overlap these elements.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn slice(&self, start: usize, count: usize) -> &mut [T] {
+        // SAFETY: in bounds, as was looked at; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(start, count), count) }
+    }
+
+    /// Where `count` elements from `start` begin, of which some are the caller's to write.
+    pub(crate) fn pointer(&self, start: usize, count: usize) -> *mut T {
         assert!(start + count <= self.len, "{start} + {count} of {}", self.len);
-        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), count) }
+        self.data.wrapping_add(start)
     }
 }
 

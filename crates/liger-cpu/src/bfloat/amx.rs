@@ -79,9 +79,8 @@ pub(super) unsafe fn multiply(work: Work<'_>) {
             for p in (Work { accumulate: work.accumulate || from > 0, ..work }).panels() {
                 // Sums of whole tiles go straight to where they belong.
                 if p.scale == 1.0 && p.count == SIDE && rows.len() == 2 * SIDE {
-                    // Both ends are looked at; the tiles write the panel's columns of the rows between.
-                    let (out, _) = (p.outputs(row).as_mut_ptr(), p.outputs(rows.end - 1));
-                    // SAFETY: as this function's; all memory that the tiles cover was looked at.
+                    let out = p.outputs_from(rows.clone());
+                    // SAFETY: as this function's; the tiles write the panel's outputs of these rows.
                     unsafe { tiles(&p, rows.clone(), terms.clone(), (out, p.width), p.accumulate) };
                 } else {
                     // SAFETY: as above.

@@ -132,6 +132,11 @@ impl Block<'_> {
         unsafe { self.c.slice(row * self.width + self.first, self.count) }
     }
 
+    /// Where the panel's outputs of the first of some rows begin; those of the others are `width` apart, and all are there.
+    fn outputs_from(&self, rows: Range<usize>) -> *mut f32 {
+        self.c.pointer(rows.start * self.width + self.first, (rows.len() - 1) * self.width + self.count)
+    }
+
     /// The panel's sums of a row.
     fn store(&self, row: usize, sums: &[f32]) {
         for (out, sum) in self.outputs(row).iter_mut().zip(sums) {
