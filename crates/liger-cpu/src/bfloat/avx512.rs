@@ -100,14 +100,13 @@ fn tile<const R: usize>(p: &Block<'_>, row: usize) {
     }
     // With a check of each row the loop stays a loop, and the sums go through memory.
     let out = p.outputs_from(row..row + R);
-    let (scale, before) = (_mm512_set1_ps(p.scale), if p.accumulate { u16::MAX } else { 0 });
+    let (scale, keep) = (_mm512_set1_ps(p.scale), if p.accumulate { u16::MAX } else { 0 });
     for r in 0..R {
         for half in 0..2 {
             // SAFETY: the whole panel's outputs of one of these rows; a task has panels of its own.
             unsafe {
                 let at = out.add(r * p.width + half * PANEL / 2);
-                let sums = _mm512_fmadd_ps(scale, sums[r][half], _mm512_maskz_loadu_ps(before, at));
-                _mm512_storeu_ps(at, sums);
+                _mm512_storeu_ps(at, _mm512_fmadd_ps(scale, sums[r][half], _mm512_maskz_loadu_ps(keep, at)));
             }
         }
     }
