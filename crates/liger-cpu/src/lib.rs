@@ -26,6 +26,7 @@ mod math;
 mod memory;
 mod narrow;
 mod parallel;
+mod prefetch;
 mod profile;
 mod quantized;
 mod recurrence;

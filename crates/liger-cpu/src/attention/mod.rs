@@ -6,24 +6,23 @@
 
 mod cache;
 mod kept;
+mod step;
 
 use liger_tensor::checks::{self, Heads, same_length};
 use liger_tensor::{
-    Attention, AttentionGradients, AttentionSpec, Error, Keeping, KeyValueCache, Result, Sequence, Sequences, Tensor,
+    Attention, AttentionGradients, AttentionSpec, Error, Keeping, KeyValueCache, Result, Sequence, Tensor,
 };
 
 use self::cache::Rows;
 pub(crate) use self::kept::novelty;
 use self::kept::{Held, Kept, Key, Turns};
-use crate::dots::{self, Weight};
+use self::step::step;
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{Alone, rows};
-use crate::math::{add_scaled, exp, exponentials, softmax};
+use crate::math::{add_scaled, softmax};
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
 const BLOCK: usize = 64;
-/// Keys that one task of a one-token step looks at.
-const STEP_CHUNK: usize = 2048;
 
 /// Where row `t` of the query group of key/value head `head` begins; its `group * dim` elements are contiguous.
 fn query_at(heads: Heads, t: usize, head: usize) -> usize {
@@ -238,90 +237,6 @@ pub(crate) fn forward(
     if let Some(cache) = cache {
         kept::store(cache, &kept, (k, v), sequences, heads)?;
         cache::insert(cache, k, v, scores, sequences, heads)?;
-    }
-    Ok(())
-}
-
-/// One token a sequence, its own key already in the cache. Long caches are cut into chunks for several threads, whose
-/// parts are merged by their maxima.
-fn step<W: Weight>(
-    out: &mut [f32],
-    q: &[f32],
-    (keys, values): (&[W], &[W]),
-    cache: &KeyValueCache,
-    turns: &Turns,
-    sequences: &Sequences,
-    heads: Heads,
-) -> Result<()> {
-    let positions = cache.kept.as_ref().map_or(Ok(&[][..]), |kept| kept.positions.as_f32())?;
-    let (cache_rows, d, group, slots) = (cache.keys.dim(2), heads.dim, heads.group(), cache.spec.slots());
-    let scale = 1.0 / (d as f32).sqrt();
-    let mut tasks = Vec::new();
-    for s in sequences.list() {
-        let in_use = cache.spec.rows_in_use(s.position);
-        for head in 0..heads.kv {
-            for rows in &in_use {
-                let chunks = rows.clone().step_by(STEP_CHUNK);
-                tasks.extend(chunks.map(|first| (*s, head, first, rows.end.min(first + STEP_CHUNK))));
-            }
-        }
-    }
-    // Per task and head of the group: the maximum, the sum of exponentials, the weighted sum of values.
-    let part = d + 2;
-    let mut parts = vec![0.0f32; tasks.len() * group * part];
-    let shared = Disjoint::new(&mut parts);
-    for_tasks(tasks.len(), |task| {
-        let (s, head, first, last) = tasks[task];
-        let base = (s.slot * heads.kv + head) * cache_rows;
-        let range = (base + first) * d..(base + last) * d;
-        let (keys, values) = (&keys[range.clone()], &values[range]);
-        let turn = |row: usize| match positions.get((s.slot * heads.kv + head) * slots + row) {
-            Some(&position) if row < slots => cache.spec.turn(s.position, position as usize),
-            _ => 0,
-        };
-        // SAFETY: a task has its own part.
-        let parts = unsafe { shared.slice(task * group * part, group * part) };
-        let count = last - first;
-        let at = query_at(heads, s.start, head);
-        let mut scores = vec![0.0f32; group * count];
-        let (queries, sizes) = (&q[at..at + group * d], (group, count, d));
-        if (first..last).any(|row| turn(row) > 0) {
-            let mut moved = W::widened(keys, &mut Vec::new()).to_vec();
-            for (row, key) in (first..last).zip(moved.chunks_exact_mut(d)) {
-                turns.turn(key, turn(row) as i64);
-            }
-            dots::product_alone(&mut scores, queries, &moved, sizes, scale, false);
-        } else {
-            dots::product_alone(&mut scores, queries, keys, sizes, scale, false);
-        }
-        let mut sums = vec![0.0f32; group * d];
-        for (scores, part) in scores.chunks_exact_mut(count).zip(parts.chunks_exact_mut(part)) {
-            (part[0], part[1]) = vectorized!(|| exponentials(scores));
-        }
-        dots::weighted_sums(&mut sums, &scores, values, sizes);
-        for (sum, part) in sums.chunks_exact(d).zip(parts.chunks_exact_mut(part)) {
-            part[2..].copy_from_slice(sum);
-        }
-    });
-    let mut at = 0;
-    while at < tasks.len() {
-        let (s, head, ..) = tasks[at];
-        let count = tasks[at..].iter().take_while(|t| (t.0.start, t.1) == (s.start, head)).count();
-        for g in 0..group {
-            let part_of = |i: usize| &parts[((at + i) * group + g) * part..((at + i) * group + g + 1) * part];
-            let max = (0..count).map(|i| part_of(i)[0]).fold(f32::NEG_INFINITY, f32::max);
-            let row = query_at(heads, s.start, head) + g * d;
-            let out = &mut out[row..row + d];
-            out.fill(0.0);
-            let mut sum = 0.0;
-            for i in 0..count {
-                let weight = exp(part_of(i)[0] - max);
-                sum += weight * part_of(i)[1];
-                add_scaled(out, weight, &part_of(i)[2..]);
-            }
-            out.iter_mut().for_each(|x| *x /= sum);
-        }
-        at += count;
     }
     Ok(())
 }

@@ -245,6 +245,7 @@ mod avx512 {
 
     use super::super::unpack::numbers;
     use super::{BLOCK, DType, LANES, Piece, STEP};
+    use crate::prefetch::prefetch;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn piece(p: &Piece<'_>) {
@@ -273,6 +274,16 @@ mod avx512 {
         let low = _mm512_set1_epi8(15);
         let mut totals = [[_mm512_setzero_ps(); G]; R];
         for b in 0..blocks {
+            // The same of the next groups, which this thread most likely goes on with.
+            if row == p.rows.start {
+                for g in 0..G {
+                    prefetch(w[g].quants.as_ptr().wrapping_add((G * blocks + b) * lines), lines);
+                    prefetch(w[g].scales.as_ptr().wrapping_add(G * blocks + b), 1);
+                    if OFFSETS {
+                        prefetch(w[g].offsets.as_ptr().wrapping_add(G * blocks + b), 1);
+                    }
+                }
+            }
             // Sums of the high bytes and of the low ones.
             let mut sums = [[[_mm512_setzero_si512(); G]; R]; 2];
             for r in 0..R {
