@@ -30,7 +30,10 @@ mod prefetch;
 mod profile;
 mod quantized;
 mod recurrence;
+mod sampling;
 mod team;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::any::Any;
 use std::fs::File;
@@ -40,8 +43,9 @@ use half::bf16;
 use liger_tensor::checks::row_range;
 use liger_tensor::quantize::{BLOCK, quantize};
 use liger_tensor::{
-    Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Error, FeatureGradients, FeatureSpec,
-    Features, Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage, Tensor,
+    Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Draw, Error, FeatureGradients,
+    FeatureSpec, Features, Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage,
+    Tensor,
 };
 
 use crate::quantized::Quantized;
@@ -359,7 +363,11 @@ impl Ops for Cpu {
     }
 
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>> {
-        self.profile.time("argmax", || loss::argmax(logits))
+        self.profile.time("argmax", || sampling::argmax(logits))
+    }
+
+    fn sample(&self, logits: &Tensor, how: Draw, draws: &[f32]) -> Result<Vec<u32>> {
+        self.profile.time("sample", || sampling::sample(logits, how, draws))
     }
 
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {

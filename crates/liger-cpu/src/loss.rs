@@ -7,12 +7,6 @@ use crate::elementwise::log_sum_exp;
 use crate::math::exp;
 use crate::parallel::{Disjoint, for_rows, for_tasks, vectorized};
 
-pub(crate) fn argmax(logits: &Tensor) -> Result<Vec<u32>> {
-    let vocabulary = logits.shape().last().copied().unwrap_or(1).max(1);
-    let best = |row: &[f32]| (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap_or(0) as u32;
-    Ok(logits.as_f32()?.chunks_exact(vocabulary).map(best).collect())
-}
-
 pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
     let vocabulary = logit_rows("cross_entropy", logits, labels.len())?;
     if let Some(&id) = labels.iter().find(|&&id| id >= vocabulary as i64) {

@@ -447,8 +447,8 @@ impl Ops for Cuda {
         sampling::argmax(self, logits)
     }
 
-    fn sample(&self, logits: &Tensor, how: Draw, draws: &[f32]) -> Result<Option<Vec<u32>>> {
-        sampling::sample(self, logits, how, draws).map(Some)
+    fn sample(&self, logits: &Tensor, how: Draw, draws: &[f32]) -> Result<Vec<u32>> {
+        sampling::sample(self, logits, how, draws)
     }
 
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {

@@ -61,14 +61,11 @@ pub fn choose(ops: &dyn Ops, logits: &Tensor, texts: &mut [Chooser<'_>]) -> Resu
         }
         let sampling = texts[first].sampling.clone();
         let alike = |text: &Chooser<'_>| on_device(text) && *text.sampling == sampling;
-        // Taken from the streams only if the device draws: `pick` takes its own.
-        let draws: Vec<f32> =
-            texts.iter().map(|text| if alike(text) { text.rng.clone().random() } else { 0.0 }).collect();
+        let draws: Vec<f32> = texts.iter_mut().map(|text| if alike(text) { text.rng.random() } else { 0.0 }).collect();
         let Sampling { temperature, top_k, top_p, min_p, .. } = sampling;
-        let Some(ids) = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &draws)? else { break };
-        for ((chosen, text), id) in chosen.iter_mut().zip(&mut *texts).zip(ids) {
+        let ids = ops.sample(logits, Draw { temperature, top_k, top_p, min_p }, &draws)?;
+        for ((chosen, text), id) in chosen.iter_mut().zip(&*texts).zip(ids) {
             if alike(text) {
-                let _: f32 = text.rng.random();
                 *chosen = Some(id);
             }
         }

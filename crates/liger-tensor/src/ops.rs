@@ -373,11 +373,8 @@ pub trait Ops: Send + Sync {
 
     /// Index of the largest element of each row, the last of equals.
     fn argmax(&self, logits: &Tensor) -> Result<Vec<u32>>;
-    /// One token a row of `logits [N, V]`, drawn; `draws [N]` are evenly from 0 to 1. `None` where the device does not do
-    /// that itself.
-    fn sample(&self, _logits: &Tensor, _how: Draw, _draws: &[f32]) -> Result<Option<Vec<u32>>> {
-        Ok(None)
-    }
+    /// One token a row of `logits [N, V]`, drawn; `draws [N]` are evenly from 0 to 1.
+    fn sample(&self, logits: &Tensor, how: Draw, draws: &[f32]) -> Result<Vec<u32>>;
     /// Cross-entropy of each row of `logits [N, V]`, 0 where the label is negative. With a scale, `logits` are
     /// overwritten by `scale` times their gradient; without, they stay.
     fn cross_entropy(&self, logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>>;

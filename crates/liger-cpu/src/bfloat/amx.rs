@@ -1,5 +1,4 @@
-//! By the matrix units: 32 rows times 16 outputs in two tiles of 16 x 16 sums, 32 terms at a time. The instructions are written
-//! as text, for the compiler does not offer them yet.
+//! By the matrix units: 32 rows times 16 outputs in two tiles of 16 x 16 sums, 32 terms at a time.
 //!
 //! Four tiles of sums would need a third fewer loads, but they take all eight tiles. Where another program runs on the other half of
 //! the core, a product then takes four times as long, with four tiles in use twice as long (docs/benchmarks.md): as if a thread
@@ -9,59 +8,16 @@
 //! the sums of neighbouring panels are neighbours.
 
 use std::arch::asm;
-use std::arch::x86_64::__cpuid_count;
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use super::{Block, STEP, Work};
+use crate::tiles::{self, SIDE};
 
-/// Rows of a tile, and outputs of a panel.
-pub(super) const SIDE: usize = 16;
 /// Terms of 32 rows that stay in the first cache while panels go by, also where two threads share it.
 const DEPTH: usize = 320;
 
-/// Whether the CPU has tiles for bfloat16 and the system lets this program use them.
-pub(super) fn is_there() -> bool {
-    static THERE: OnceLock<bool> = OnceLock::new();
-    *THERE.get_or_init(|| {
-        // Leaf 7, EDX: bit 22 bfloat16 products, bit 24 tiles.
-        let features = __cpuid_count(7, 0).edx;
-        features >> 22 & 1 == 1 && features >> 24 & 1 == 1 && may_use_tiles()
-    })
-}
-
-/// Linux hands out the tiles' 8 KiB of state on request, once a program.
-#[cfg(target_os = "linux")]
-fn may_use_tiles() -> bool {
-    const ARCH_PRCTL: usize = 158;
-    const REQUEST_PERMISSION: usize = 0x1023;
-    const TILE_DATA: usize = 18;
-    let outcome: isize;
-    // SAFETY: a system call that only changes what this program may use.
-    unsafe {
-        asm!("syscall", inlateout("rax") ARCH_PRCTL => outcome, in("rdi") REQUEST_PERMISSION, in("rsi") TILE_DATA,
-            out("rcx") _, out("r11") _, options(nostack));
-    }
-    outcome == 0
-}
-
-#[cfg(not(target_os = "linux"))]
-fn may_use_tiles() -> bool {
-    false
-}
-
-/// Palette 1, with rows and bytes a row of the eight tiles: 0 and 1 are sums, 2 rows, 3 outputs.
-#[repr(C, align(64))]
-struct Configuration {
-    palette: u8,
-    start: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
 /// # Safety
-/// [`is_there`] must have said so.
+/// The CPU must have the tiles' products of bfloat16.
 pub(super) unsafe fn multiply(work: Work<'_>) {
     let (terms, blocks) = (work.terms, work.rows.div_ceil(SIDE));
     assert!(
@@ -70,8 +26,9 @@ pub(super) unsafe fn multiply(work: Work<'_>) {
     let mut apart = [0.0f32; 2 * SIDE * SIDE];
     // Terms are cut evenly.
     let depth = terms.div_ceil(terms.div_ceil(DEPTH).max(1)).next_multiple_of(STEP);
+    // Tiles 0 and 1 are sums, 2 rows, 3 outputs.
     // SAFETY: as this function's.
-    unsafe { configure() };
+    unsafe { tiles::configure(&[(SIDE as u8, 64); 4]) };
     for row in (0..work.rows).step_by(2 * SIDE) {
         let rows = row..work.rows.min(row + 2 * SIDE);
         for from in (0..terms).step_by(depth) {
@@ -81,28 +38,17 @@ pub(super) unsafe fn multiply(work: Work<'_>) {
                 if p.scale == 1.0 && p.count == SIDE && rows.len() == 2 * SIDE {
                     let out = p.outputs_from(rows.clone());
                     // SAFETY: as this function's; the tiles write the panel's outputs of these rows.
-                    unsafe { tiles(&p, rows.clone(), terms.clone(), (out, p.width), p.accumulate) };
+                    unsafe { sums(&p, rows.clone(), terms.clone(), (out, p.width), p.accumulate) };
                 } else {
                     // SAFETY: as above.
-                    unsafe { tiles(&p, rows.clone(), terms.clone(), (apart.as_mut_ptr(), SIDE), false) };
+                    unsafe { sums(&p, rows.clone(), terms.clone(), (apart.as_mut_ptr(), SIDE), false) };
                     apart.chunks_exact(SIDE).zip(rows.clone()).for_each(|(sums, row)| p.store(row, sums));
                 }
             }
         }
     }
-    // SAFETY: gives the tiles' state up; a thread that holds it is slower to switch.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
-}
-
-/// # Safety
-/// [`is_there`] must have said so.
-unsafe fn configure() {
-    let mut configuration =
-        Configuration { palette: 1, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    configuration.row_bytes[..4].fill(64);
-    configuration.rows[..4].fill(SIDE as u8);
-    // SAFETY: the caller's promise; the tiles are nobody else's in this thread.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, readonly)) };
+    // SAFETY: as above.
+    unsafe { tiles::release() };
 }
 
 /// Sums `[32, 16]` of two tiles of rows, to `c` with rows so many floats apart, or added to what is there. Rows behind `rows` are
@@ -110,7 +56,7 @@ unsafe fn configure() {
 ///
 /// # Safety
 /// The tiles must be configured; `p` must hold the tiles of these rows and terms, and `c` have place for two tiles.
-unsafe fn tiles(
+unsafe fn sums(
     p: &Block<'_>,
     rows: Range<usize>,
     terms: Range<usize>,

@@ -17,6 +17,7 @@ use liger_tensor::Lines;
 use self::pack::{Blocks, Layout, Pair, ROWS, pack};
 use crate::gemm::{Matrix, rows};
 use crate::parallel::{Disjoint, for_tasks, threads};
+use crate::tiles;
 
 /// Tasks that each thread gets at least, where there are so many panels.
 const TASKS: usize = 2;
@@ -36,7 +37,7 @@ impl Kernel {
     /// Outputs of a panel.
     fn panel(self) -> usize {
         match self {
-            Self::Amx => amx::SIDE,
+            Self::Amx => tiles::SIDE,
             Self::Avx512Bf16 => avx512::PANEL,
         }
     }
@@ -44,7 +45,7 @@ impl Kernel {
     /// Rows of activations that lie together.
     fn rows_together(self) -> usize {
         match self {
-            Self::Amx => amx::SIDE,
+            Self::Amx => tiles::SIDE,
             Self::Avx512Bf16 => 1,
         }
     }
@@ -68,7 +69,7 @@ pub(crate) fn available() -> Vec<Kernel> {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl");
     let mut list = Vec::new();
-    if has_vectors && amx::is_there() {
+    if has_vectors && tiles::are_there(tiles::Products::Bfloat16) {
         list.push(Kernel::Amx);
     }
     if has_vectors {

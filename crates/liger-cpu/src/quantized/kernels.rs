@@ -10,9 +10,8 @@ use liger_tensor::quantize::BLOCK;
 
 use super::{LANES, Line, Quantized, Quants, Rounded, STEP, Sixteen};
 use crate::parallel::Disjoint;
-
-/// Most groups of 16 outputs that a tile has.
-pub(super) const MOST_GROUPS: usize = 4;
+#[cfg(target_arch = "x86_64")]
+use crate::tiles;
 
 /// Outputs `groups` of `rows`.
 pub(super) struct Piece<'a> {
@@ -28,6 +27,9 @@ pub(super) struct Piece<'a> {
 /// Instructions for sums of products of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kernel {
+    /// Matrix units: 16 x 16 x 32 bytes at once.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
@@ -46,7 +48,7 @@ impl Kernel {
     pub(super) fn takes_bytes(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vnni => true,
+            Self::Amx | Self::Avx512Vnni => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => false,
             #[cfg(target_arch = "aarch64")]
@@ -59,6 +61,8 @@ impl Kernel {
 /// Those of this architecture.
 #[cfg(test)]
 pub(super) const ALL: &[Kernel] = &[
+    #[cfg(target_arch = "x86_64")]
+    Kernel::Amx,
     #[cfg(target_arch = "x86_64")]
     Kernel::Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
@@ -74,6 +78,9 @@ pub(crate) fn available() -> Vec<Kernel> {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512bw") {
+            if tiles::are_there(tiles::Products::Bytes) {
+                list.push(Kernel::Amx);
+            }
             list.push(Kernel::Avx512Vnni);
         }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -97,6 +104,9 @@ pub(super) fn piece(kernel: Kernel, p: &Piece<'_>) {
     match kernel {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `available` found the features.
+        Kernel::Amx => unsafe { amx::piece(p) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
         Kernel::Avx512Vnni => unsafe { avx512::piece(p) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
@@ -231,6 +241,9 @@ macro_rules! tiles {
         }
     }};
 }
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
 
 #[cfg(target_arch = "aarch64")]
 mod neon;

@@ -268,9 +268,10 @@ pub(crate) fn product(c: &mut [f32], x: &[f32], w: &Quantized, m: usize, scale: 
     let x = &Rounded::new(x, kernel.takes_bytes());
     let c = &Disjoint::new(c);
     let groups = n.div_ceil(LANES);
-    // Enough pieces to share evenly, each of enough work to be worth handing over.
-    let smallest = (1usize << 18).div_ceil(m * k * LANES).next_multiple_of(kernels::MOST_GROUPS);
-    let piece = groups.div_ceil(4 * threads()).next_multiple_of(kernels::MOST_GROUPS).max(smallest);
+    // One piece a thread, for a long stretch of memory is read faster than several short ones; where there is much to do, several,
+    // for threads are not equally fast.
+    let pieces = ((m * n * k) >> 18).clamp(threads(), 4 * threads()) / threads() * threads();
+    let piece = groups.div_ceil(pieces);
     for_tasks(groups.div_ceil(piece), |i| {
         let groups = i * piece..groups.min((i + 1) * piece);
         for first in (0..m).step_by(ROW_BLOCK) {
@@ -331,6 +332,8 @@ mod tests {
                     let terms = x[i * k..(i + 1) * k].iter().zip(&rows[j * k..(j + 1) * k]);
                     terms.map(|(x, w)| f64::from(*x) * f64::from(*w)).sum()
                 };
+                // Those that take bytes give the same bits: a text's tokens do not depend on how many texts there are.
+                let mut of_bytes: Option<Vec<u32>> = None;
                 for &kernel in &found {
                     let rounded = Rounded::new(&x, kernel.takes_bytes());
                     let mut c = old.clone();
@@ -347,6 +350,11 @@ mod tests {
                             off < 1e-4 * (k as f64).sqrt(),
                             "{kernel:?}, {m} {n} {k}, form {form}, at {at}: {c}, not {expected}"
                         );
+                    }
+                    if kernel.takes_bytes() {
+                        let bits: Vec<u32> = c.iter().map(|c| c.to_bits()).collect();
+                        assert!(of_bytes.is_none_or(|other| other == bits), "{kernel:?}, {m} {n} {k}, form {form}");
+                        of_bytes = Some(bits);
                     }
                 }
                 let mut c = old.clone();
