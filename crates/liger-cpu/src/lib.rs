@@ -21,6 +21,7 @@ mod elementwise;
 mod features;
 mod gemm;
 mod loss;
+mod low_rank;
 mod mapped;
 mod math;
 mod memory;
@@ -45,7 +46,7 @@ use liger_tensor::quantize::{BLOCK, quantize};
 use liger_tensor::{
     Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Draw, Error, FeatureGradients,
     FeatureSpec, Features, Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage,
-    Tensor,
+    Tensor, low_rank_backward_by_products, low_rank_forward_by_products,
 };
 
 use crate::quantized::Quantized;
@@ -215,6 +216,27 @@ impl Ops for Cpu {
 
     fn gemm(&self, c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
         self.profile.time("gemm", || gemm::gemm(c, a, b, how))
+    }
+
+    fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
+        if self.profile.time("low_rank_forward", || low_rank::forward(low, x, a))? {
+            return Ok(());
+        }
+        low_rank_forward_by_products(self, low, x, a)
+    }
+
+    fn low_rank_backward(
+        &self,
+        mut dx: Option<&mut Tensor>,
+        da: &mut [&mut Tensor],
+        dlow: &[Tensor],
+        x: &Tensor,
+        a: &[&Tensor],
+    ) -> Result<()> {
+        if self.profile.time("low_rank_backward", || low_rank::backward(dx.as_deref_mut(), da, dlow, x, a))? {
+            return Ok(());
+        }
+        low_rank_backward_by_products(self, dx, da, dlow, x, a)
     }
 
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {

@@ -4,7 +4,7 @@ use liger_tensor::checks::{logit_rows, same_length};
 use liger_tensor::{AdamwParameter, AdamwStep, Error, Result, Tensor};
 
 use crate::elementwise::log_sum_exp;
-use crate::math::exp;
+use crate::math::{exp, exponentials};
 use crate::parallel::{Disjoint, for_rows, for_tasks, vectorized};
 
 pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
@@ -25,14 +25,15 @@ pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale:
                 }
                 return;
             };
-            let total = log_sum_exp(row);
-            *loss = total - row[label];
-            if let Some(scale) = gradient_scale {
-                for x in row.iter_mut() {
-                    *x = scale * exp(*x - total);
-                }
-                row[label] -= scale;
-            }
+            let own = row[label];
+            let Some(scale) = gradient_scale else {
+                *loss = log_sum_exp(row) - own;
+                return;
+            };
+            let (max, sum) = exponentials(row);
+            *loss = max + sum.ln() - own;
+            row.iter_mut().for_each(|x| *x *= scale / sum);
+            row[label] -= scale;
         },);
     });
     Ok(losses)

@@ -120,16 +120,20 @@ pub(crate) fn exponentials(row: &mut [f32]) -> (f32, f32) {
 pub(crate) fn maximum(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     let chunks = row.chunks_exact(16);
-    let mut max = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
+    let rest = chunks.remainder().iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
     for chunk in chunks {
         for lane in 0..16 {
             lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
         }
     }
-    for lane in lanes {
-        max = if lane > max { lane } else { max };
+    let mut half = 8;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+        }
+        half /= 2;
     }
-    max
+    if lanes[0] > rest { lanes[0] } else { rest }
 }
 
 #[cfg(test)]

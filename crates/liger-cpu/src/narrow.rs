@@ -91,22 +91,30 @@ pub(crate) fn few_rows(
     assert!(c.len() == m * n && a.len() == m * k && b.len() == k * n, "product of few rows {m} x {k} x {n}");
     let (mut a, width) = padded(a, (k, m));
     a.iter_mut().for_each(|a| *a *= scale);
-    if !accumulate {
-        c.fill(0.0);
-    }
-    let c = &Disjoint::new(c);
-    let columns = n.div_ceil(2 * threads()).next_multiple_of(32);
-    for_tasks(n.div_ceil(columns), |task| {
-        let columns = task * columns..n.min((task + 1) * columns);
-        for row in (0..k).step_by(ROWS) {
-            let rows = row..k.min(row + ROWS);
+    // Each task sums some rows of both, as they lie in memory; its sums are added up afterwards, in order.
+    let rows = k.div_ceil(2 * threads()).next_multiple_of(ROWS);
+    let tasks = k.div_ceil(rows);
+    let mut parts = vec![0.0f32; tasks * m * n];
+    let all = Disjoint::new(&mut parts);
+    for_tasks(tasks, |task| {
+        // SAFETY: each task has its own.
+        let part = unsafe { all.slice(task * m * n, m * n) };
+        let end = k.min((task + 1) * rows);
+        for row in (task * rows..end).step_by(ROWS) {
+            let rows = row..end.min(row + ROWS);
             for first in (0..m).step_by(TERMS) {
                 let terms = first..m.min(first + TERMS);
-                let (rows, columns) = (rows.clone(), columns.clone());
-                pulp::Arch::new().dispatch(Gather { c, a: &a[first..], width, b, n, rows, columns, terms });
+                let c = &mut part[terms.start * n..terms.end * n];
+                pulp::Arch::new().dispatch(Gather { c, a: &a[first..], width, b, n, rows: rows.clone() });
             }
         }
     });
+    if !accumulate {
+        c.fill(0.0);
+    }
+    for part in parts.chunks_exact(m * n) {
+        c.iter_mut().zip(part).for_each(|(c, part)| *c += part);
+    }
 }
 
 /// `c [rows, n] += a b`, with rows of `a` so far apart and up to [`TERMS`] rows of `b`.
@@ -154,26 +162,14 @@ impl WithSimd for Spread<'_> {
     }
 }
 
-/// `c [terms, columns] += a^T b` over some rows of `a` and `b`.
+/// `c [terms, n] += a^T b` over some rows of `a` and `b`, up to [`TERMS`] of the former's columns.
 struct Gather<'a> {
-    c: &'a Disjoint<'a>,
+    c: &'a mut [f32],
     a: &'a [f32],
     width: usize,
     b: &'a [f32],
     n: usize,
     rows: std::ops::Range<usize>,
-    columns: std::ops::Range<usize>,
-    terms: std::ops::Range<usize>,
-}
-
-impl Gather<'_> {
-    /// Some columns of a row of c.
-    #[allow(clippy::mut_from_ref)]
-    #[inline(always)]
-    fn outputs(&self, term: usize, column: usize, count: usize) -> &mut [f32] {
-        // SAFETY: tasks have distinct columns, and a task holds one such slice at a time.
-        unsafe { self.c.slice((self.terms.start + term) * self.n + column, count) }
-    }
 }
 
 impl WithSimd for Gather<'_> {
@@ -181,33 +177,30 @@ impl WithSimd for Gather<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (step, count) = (2 * S::F32_LANES, self.terms.len());
-        let end = self.columns.end - self.columns.len() % step;
-        for column in (self.columns.start..end).step_by(step) {
+        let Self { c, a, width, b, n, rows } = self;
+        let step = 2 * S::F32_LANES;
+        let whole = n / step * step;
+        for column in (0..whole).step_by(step) {
             let mut sums = [[simd.splat_f32s(0.0); 2]; TERMS];
-            for row in self.rows.clone() {
-                let b = S::as_simd_f32s(&self.b[row * self.n + column..][..step]).0;
-                let (Some(a), [first, second]) = (self.a[row * self.width..].first_chunk::<TERMS>(), b) else {
-                    continue;
-                };
+            for row in rows.clone() {
+                let b = S::as_simd_f32s(&b[row * n + column..][..step]).0;
+                let (Some(a), [first, second]) = (a[row * width..].first_chunk::<TERMS>(), b) else { continue };
                 for term in 0..TERMS {
                     let a = simd.splat_f32s(a[term]);
                     sums[term][0] = simd.mul_add_f32s(a, *first, sums[term][0]);
                     sums[term][1] = simd.mul_add_f32s(a, *second, sums[term][1]);
                 }
             }
-            for (term, sums) in sums.into_iter().enumerate().take(count) {
-                for (c, sum) in S::as_mut_simd_f32s(self.outputs(term, column, step)).0.iter_mut().zip(sums) {
+            for (c, sums) in c.chunks_exact_mut(n).zip(sums) {
+                for (c, sum) in S::as_mut_simd_f32s(&mut c[column..column + step]).0.iter_mut().zip(sums) {
                     *c = simd.add_f32s(*c, sum);
                 }
             }
         }
-        for row in self.rows.clone() {
-            for term in 0..count {
-                let (a, b) =
-                    (self.a[row * self.width + term], &self.b[row * self.n + end..row * self.n + self.columns.end]);
-                let c = self.outputs(term, end, self.columns.end - end);
-                c.iter_mut().zip(b).for_each(|(c, b)| *c += a * b);
+        for row in rows {
+            for (c, a) in c.chunks_exact_mut(n).zip(&a[row * width..]) {
+                let b = &b[row * n + whole..(row + 1) * n];
+                c[whole..].iter_mut().zip(b).for_each(|(c, b)| *c += a * b);
             }
         }
     }

@@ -176,7 +176,7 @@ impl Rounded {
         let (mut scales, mut sums) = (vec![0.0; blocks], vec![0; blocks]);
         let (mut words, mut bytes) =
             (vec![0; if in_bytes { 0 } else { x.len() }], vec![0; if in_bytes { 2 * x.len() } else { 0 }]);
-        const TOGETHER: usize = 512;
+        const TOGETHER: usize = 64;
         let all = (
             Disjoint::new(&mut scales),
             Disjoint::new(&mut sums),

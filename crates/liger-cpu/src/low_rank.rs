@@ -1,0 +1,68 @@
+//! LoRA's products for projections that share their input: the input, a tall matrix, and its gradient go through memory once for all
+//! of them.
+
+use liger_tensor::{Result, Tensor};
+
+use crate::narrow::{self, FEW, TALL};
+
+/// Ranks of adapters that go together, if they are short together and the input tall.
+fn ranks(a: &[&Tensor], x: &Tensor) -> Option<Vec<usize>> {
+    let ranks: Vec<usize> = a.iter().map(|a| a.dim(0)).collect();
+    (ranks.len() > 1 && ranks.iter().sum::<usize>() <= FEW && x.dim(0) >= TALL).then_some(ranks)
+}
+
+/// All of `a`, `[ranks, inputs]`.
+fn stacked(a: &[&Tensor]) -> Result<Vec<f32>> {
+    a.iter().map(|a| a.as_f32()).collect::<Result<Vec<_>>>().map(|a| a.concat())
+}
+
+/// `low[i] = x a[i]^T`; false, and nothing done, for sizes that do not go together.
+pub(crate) fn forward(low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<bool> {
+    let Some(ranks) = ranks(a, x) else { return Ok(false) };
+    let (rows, width) = (x.dim(0), ranks.iter().sum());
+    let (x, a) = (x.as_f32()?, stacked(a)?);
+    let mut all = vec![0.0; rows * width];
+    narrow::few_outputs(&mut all, x, &a, (rows, width, x.len() / rows), 1.0, false);
+    let mut first = 0;
+    for (low, rank) in low.iter_mut().zip(ranks) {
+        for (low, all) in low.as_f32_mut()?.chunks_exact_mut(rank).zip(all.chunks_exact(width)) {
+            low.copy_from_slice(&all[first..first + rank]);
+        }
+        first += rank;
+    }
+    Ok(true)
+}
+
+/// `da[i] += dlow[i]^T x` and `dx += sum dlow[i] a[i]`; false, and nothing done, for sizes that do not go together.
+pub(crate) fn backward(
+    dx: Option<&mut Tensor>,
+    da: &mut [&mut Tensor],
+    dlow: &[Tensor],
+    x: &Tensor,
+    a: &[&Tensor],
+) -> Result<bool> {
+    let Some(ranks) = ranks(a, x) else { return Ok(false) };
+    let (rows, width) = (x.dim(0), ranks.iter().sum());
+    let x = x.as_f32()?;
+    let inputs = x.len() / rows;
+    let mut all = vec![0.0; rows * width];
+    let mut first = 0;
+    for (dlow, &rank) in dlow.iter().zip(&ranks) {
+        for (all, dlow) in all.chunks_exact_mut(width).zip(dlow.as_f32()?.chunks_exact(rank)) {
+            all[first..first + rank].copy_from_slice(dlow);
+        }
+        first += rank;
+    }
+    let mut gradients = vec![0.0; width * inputs];
+    narrow::few_rows(&mut gradients, &all, x, (width, inputs, rows), 1.0, false);
+    let mut rest = gradients.as_slice();
+    for (da, rank) in da.iter_mut().zip(ranks) {
+        let (own, after) = rest.split_at(rank * inputs);
+        rest = after;
+        da.as_f32_mut()?.iter_mut().zip(own).for_each(|(da, own)| *da += own);
+    }
+    if let Some(dx) = dx {
+        narrow::few_terms(dx.as_f32_mut()?, &all, &stacked(a)?, (rows, inputs, width), 1.0, true);
+    }
+    Ok(true)
+}
