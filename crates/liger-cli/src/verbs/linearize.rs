@@ -47,7 +47,7 @@ pub struct Args {
     /// Text to measure on, as --data [default: text that the model writes, or the validation documents]
     #[arg(long)]
     eval_data: Option<PathBuf>,
-    /// Pieces of 2,048 tokens to measure on
+    /// Pieces of 2,048 tokens to measure on; text that the model writes itself is at most twice as long as a training row
     #[arg(long, default_value_t = 4)]
     eval_pieces: usize,
     /// Question put to teacher and student
@@ -151,7 +151,7 @@ pub fn run(args: &Args) -> Result<()> {
             100.0 * adapter.parameter_count() as f64 / checkpoint.config.parameter_count() as f64,
             start.elapsed().as_secs_f64()
         ),
-        buckets: Bucket::up_to(PIECE),
+        buckets: texts.buckets(),
         scores,
         costs,
         answers,
@@ -233,6 +233,8 @@ impl Texts {
             let kept = usize::from(recipe.data.validation > 0.0);
             let measured = if args.eval_data.is_some() { 0 } else { args.eval_pieces };
             let file = out.join("self.json");
+            // Past what tuning sees, but not far: who writes on when the others have ended costs as much as all of them together.
+            let longest = longest.min(2 * length);
             let lengths = [vec![length; wanted + kept], vec![longest; measured]].concat();
             let mut documents = own_text(args, recipe, checkpoint, teacher, &lengths, &file, stopped)?;
             pieces = documents.split_off(wanted + kept).into_iter().map(|d| d.ids).collect();
@@ -249,6 +251,11 @@ impl Texts {
             description = format!("{} from the validation documents", texts_of(pieces.len()));
         }
         Ok(Self { training, validation, pieces, description })
+    }
+
+    /// Stretches of the pieces.
+    fn buckets(&self) -> Vec<Bucket> {
+        Bucket::up_to(self.pieces.iter().map(Vec::len).max().unwrap_or(PIECE))
     }
 }
 
@@ -404,7 +411,7 @@ fn measure(
         &subject("teacher", teacher, None),
         &students,
         &texts.pieces,
-        &Bucket::up_to(PIECE),
+        &texts.buckets(),
         &mut |done| {
             progress.update(done as u64, "");
         },
