@@ -176,8 +176,13 @@ pub(crate) fn product(
     // As many panels together as stay in the cache, if that leaves every thread some tasks.
     let panels = n.div_ceil(panel);
     let together = (cached / (2 * depth * panel)).min(panels / (TASKS * threads())).max(1);
-    for_tasks(panels.div_ceil(together), |task| {
-        let outputs = task * together * panel..n.min((task + 1) * together * panel);
+    // Cut evenly: of 18 panels for two threads, tasks of 4, 4, 4, 4 and 2 would leave one thread waiting.
+    let tasks = panels.div_ceil(together).next_multiple_of(threads());
+    for_tasks(tasks, |task| {
+        let outputs = panels * task / tasks * panel..n.min(panels * (task + 1) / tasks * panel);
+        if outputs.is_empty() {
+            return;
+        }
         let mut packed = PACKED.take();
         for from in (0..k).step_by(depth) {
             let terms = from..k.min(from + depth);
