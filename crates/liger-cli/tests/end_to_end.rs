@@ -25,7 +25,8 @@ fn linearize_then_use_the_model() {
     let args = ["linearize", "base", "--recipe", "r.toml", "--data", "self", "--eval-pieces", "1", "--out", "run"];
     let shown = run(&args, dir);
     // Own text is measured up to twice the length of a training row.
-    for part in ["Perplexity by position", "window 16 + 4 sinks", "untrained", "tuned", "Teacher:", "Student:", "64-256"]
+    for part in
+        ["Perplexity by position", "window 16 + 4 sinks", "untrained", "tuned", "Teacher:", "Student:", "64-256"]
     {
         assert!(shown.contains(part), "{part} in {shown}");
     }
