@@ -219,24 +219,24 @@ impl Ops for Cpu {
     }
 
     fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
-        if self.profile.time("low_rank_forward", || low_rank::forward(low, x, a))? {
-            return Ok(());
+        if !low_rank::go_together(a, x) {
+            return low_rank_forward_by_products(self, low, x, a);
         }
-        low_rank_forward_by_products(self, low, x, a)
+        self.profile.time("low_rank_forward", || low_rank::forward(low, x, a))
     }
 
     fn low_rank_backward(
         &self,
-        mut dx: Option<&mut Tensor>,
+        dx: Option<&mut Tensor>,
         da: &mut [&mut Tensor],
         dlow: &[Tensor],
         x: &Tensor,
         a: &[&Tensor],
     ) -> Result<()> {
-        if self.profile.time("low_rank_backward", || low_rank::backward(dx.as_deref_mut(), da, dlow, x, a))? {
-            return Ok(());
+        if !low_rank::go_together(a, x) {
+            return low_rank_backward_by_products(self, dx, da, dlow, x, a);
         }
-        low_rank_backward_by_products(self, dx, da, dlow, x, a)
+        self.profile.time("low_rank_backward", || low_rank::backward(dx, da, dlow, x, a))
     }
 
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()> {

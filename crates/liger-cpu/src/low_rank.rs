@@ -5,10 +5,13 @@ use liger_tensor::{Result, Tensor};
 
 use crate::narrow::{self, FEW, TALL};
 
-/// Ranks of adapters that go together, if they are short together and the input tall.
-fn ranks(a: &[&Tensor], x: &Tensor) -> Option<Vec<usize>> {
-    let ranks: Vec<usize> = a.iter().map(|a| a.dim(0)).collect();
-    (ranks.len() > 1 && ranks.iter().sum::<usize>() <= FEW && x.dim(0) >= TALL).then_some(ranks)
+/// Whether adapters go together: they are short together, and the input is tall.
+pub(crate) fn go_together(a: &[&Tensor], x: &Tensor) -> bool {
+    a.len() > 1 && ranks(a).iter().sum::<usize>() <= FEW && x.dim(0) >= TALL
+}
+
+fn ranks(a: &[&Tensor]) -> Vec<usize> {
+    a.iter().map(|a| a.dim(0)).collect()
 }
 
 /// All of `a`, `[ranks, inputs]`.
@@ -16,9 +19,9 @@ fn stacked(a: &[&Tensor]) -> Result<Vec<f32>> {
     a.iter().map(|a| a.as_f32()).collect::<Result<Vec<_>>>().map(|a| a.concat())
 }
 
-/// `low[i] = x a[i]^T`; false, and nothing done, for sizes that do not go together.
-pub(crate) fn forward(low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<bool> {
-    let Some(ranks) = ranks(a, x) else { return Ok(false) };
+/// `low[i] = x a[i]^T`.
+pub(crate) fn forward(low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
+    let ranks = ranks(a);
     let (rows, width) = (x.dim(0), ranks.iter().sum());
     let (x, a) = (x.as_f32()?, stacked(a)?);
     let mut all = vec![0.0; rows * width];
@@ -30,18 +33,18 @@ pub(crate) fn forward(low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<b
         }
         first += rank;
     }
-    Ok(true)
+    Ok(())
 }
 
-/// `da[i] += dlow[i]^T x` and `dx += sum dlow[i] a[i]`; false, and nothing done, for sizes that do not go together.
+/// `da[i] += dlow[i]^T x` and `dx += sum dlow[i] a[i]`.
 pub(crate) fn backward(
     dx: Option<&mut Tensor>,
     da: &mut [&mut Tensor],
     dlow: &[Tensor],
     x: &Tensor,
     a: &[&Tensor],
-) -> Result<bool> {
-    let Some(ranks) = ranks(a, x) else { return Ok(false) };
+) -> Result<()> {
+    let ranks = ranks(a);
     let (rows, width) = (x.dim(0), ranks.iter().sum());
     let x = x.as_f32()?;
     let inputs = x.len() / rows;
@@ -64,5 +67,5 @@ pub(crate) fn backward(
     if let Some(dx) = dx {
         narrow::few_terms(dx.as_f32_mut()?, &all, &stacked(a)?, (rows, inputs, width), 1.0, true);
     }
-    Ok(true)
+    Ok(())
 }

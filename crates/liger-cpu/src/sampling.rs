@@ -63,7 +63,9 @@ fn draw_one(logits: &[f32], how: Draw, draw: f32) -> u32 {
 fn weights(logits: &[f32], how: Draw) -> Vec<f32> {
     let mut weights = vec![0.0; logits.len()];
     vectorized!(|| {
-        let (largest, inverse, least) = (maximum(logits), 1.0 / how.temperature, how.min_p.max(NOTHING));
+        // Of the smallest temperatures the inverse is infinite, and times the largest's 0 no number.
+        let inverse = (1.0 / how.temperature).min(f32::MAX);
+        let (largest, least) = (maximum(logits), how.min_p.max(NOTHING));
         for (weight, x) in weights.iter_mut().zip(logits) {
             let e = exp((x - largest) * inverse);
             *weight = if e >= least { e } else { 0.0 };
@@ -144,4 +146,17 @@ fn most_likely(weights: &[f32], how: Draw) -> Vec<(u32, f32)> {
     });
     likely.truncate(enough.map_or(likely.len(), |last| last + 1));
     likely
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_smallest_temperature_takes_the_most_likely() {
+        for top_p in [1.0, 0.9] {
+            let how = Draw { temperature: 1e-40, top_k: 0, top_p, min_p: 0.0 };
+            assert_eq!(draw_one(&[1.0, -2.0, 3.0, 0.5], how, 0.99), 2);
+        }
+    }
 }

@@ -239,9 +239,7 @@ pub trait Ops: Send + Sync {
     }
     /// LoRA's first product for projections that share their input `x [N, inputs]`: `low[i] [N, r] = x a[i]^T`, with `a[i]`
     /// `[r, inputs]` in float32.
-    fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
-        low_rank_forward_by_products(self, low, x, a)
-    }
+    fn low_rank_forward(&self, low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()>;
     /// Adds `dlow[i]^T x` to every `da[i]`, and `dlow[i] a[i]` of all to `dx`, unless nobody needs it.
     fn low_rank_backward(
         &self,
@@ -250,9 +248,7 @@ pub trait Ops: Send + Sync {
         dlow: &[Tensor],
         x: &Tensor,
         a: &[&Tensor],
-    ) -> Result<()> {
-        low_rank_backward_by_products(self, dx, da, dlow, x, a)
-    }
+    ) -> Result<()>;
     /// Adds `bias [M]` to every row of `x [N, M]`.
     fn add_bias(&self, x: &mut Tensor, bias: &Tensor) -> Result<()>;
     /// `y = a x + b y`.
@@ -393,7 +389,7 @@ pub trait Ops: Send + Sync {
     fn adamw(&self, parameters: &mut [AdamwParameter<'_>], step: AdamwStep) -> Result<()>;
 }
 
-/// [`Ops::low_rank_forward`] by one product a projection: for devices without kernels for it, or for these sizes.
+/// [`Ops::low_rank_forward`] by one product a projection: for sizes that a device has nothing better for.
 ///
 /// # Errors
 /// As [`Ops::gemm`].

@@ -11,7 +11,7 @@ use liger_tensor::quantize::BLOCK;
 use super::{LANES, Line, Quantized, Quants, Rounded, STEP, Sixteen};
 use crate::parallel::Disjoint;
 #[cfg(target_arch = "x86_64")]
-use crate::tiles;
+use crate::{prefetch::prefetch, tiles};
 
 /// Outputs `groups` of `rows`.
 pub(super) struct Piece<'a> {
@@ -124,6 +124,19 @@ struct Group<'a> {
     quants: &'a [Line],
     scales: &'a [Sixteen],
     offsets: &'a [Sixteen],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Group<'_> {
+    /// Asks for a block of weights that lies so many blocks behind the group's first: of a group that this thread most likely comes to.
+    #[inline(always)]
+    fn ask_ahead(&self, block: usize, lines: usize, has_offsets: bool) {
+        prefetch(self.quants.as_ptr().wrapping_add(block * lines), lines);
+        prefetch(self.scales.as_ptr().wrapping_add(block), 1);
+        if has_offsets {
+            prefetch(self.offsets.as_ptr().wrapping_add(block), 1);
+        }
+    }
 }
 
 /// And of one row of x.
@@ -258,7 +271,6 @@ mod avx512 {
 
     use super::super::unpack::numbers;
     use super::{BLOCK, DType, LANES, Piece, STEP};
-    use crate::prefetch::prefetch;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn piece(p: &Piece<'_>) {
@@ -287,14 +299,9 @@ mod avx512 {
         let low = _mm512_set1_epi8(15);
         let mut totals = [[_mm512_setzero_ps(); G]; R];
         for b in 0..blocks {
-            // The same of the next groups, which this thread most likely goes on with.
             if row == p.rows.start {
                 for g in 0..G {
-                    prefetch(w[g].quants.as_ptr().wrapping_add((G * blocks + b) * lines), lines);
-                    prefetch(w[g].scales.as_ptr().wrapping_add(G * blocks + b), 1);
-                    if OFFSETS {
-                        prefetch(w[g].offsets.as_ptr().wrapping_add(G * blocks + b), 1);
-                    }
+                    w[g].ask_ahead(G * blocks + b, lines, OFFSETS);
                 }
             }
             // Sums of the high bytes and of the low ones.

@@ -10,7 +10,6 @@ use std::arch::x86_64::{
 
 use super::super::unpack::numbers;
 use super::{BLOCK, DType, Group, LANES, Line, Piece, STEP, avx512};
-use crate::prefetch::prefetch;
 use crate::tiles::{self, SIDE};
 
 /// Lines of a block of bytes: what a tile of weights holds.
@@ -98,13 +97,8 @@ unsafe fn tile<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>, w: &Group<'
                 );
             }
         }
-        // The same of the next group.
         if row == p.rows.start {
-            prefetch(w.quants.as_ptr().wrapping_add((blocks + b) * lines), lines);
-            prefetch(w.scales.as_ptr().wrapping_add(blocks + b), 1);
-            if OFFSETS {
-                prefetch(w.offsets.as_ptr().wrapping_add(blocks + b), 1);
-            }
+            w.ask_ahead(blocks + b, lines, OFFSETS);
         }
         let (weights_scale, Sums([high, low])) = (numbers(&w.scales[b]), &sums[b % 2]);
         for r in 0..SIDE {
