@@ -1,4 +1,5 @@
-//! By AVX-512's dot products of two terms: tiles of up to 12 rows times 32 outputs, 24 sums of 16 in registers.
+//! By AVX-512's dot products of two terms: tiles of up to 8 rows times 48 outputs or 12 rows times 32, 24 sums of 16 in registers.
+//! The former load less for as many products; the latter are for outputs that would fill panels of 48 badly.
 
 // Loops of constant length over the registers of a tile are unrolled as they stand.
 #![allow(clippy::needless_range_loop)]
@@ -10,45 +11,59 @@ use std::arch::x86_64::{
 
 use std::ops::Range;
 
-use super::{Block, Work};
+use super::{Block, STEP, Work};
+use crate::prefetch::prefetch;
 
-/// Outputs of a panel.
-pub(super) const PANEL: usize = 32;
-const MOST_ROWS: usize = 12;
+/// Floats of a register.
+const LANES: usize = 16;
+/// Registers of sums in a tile.
+const SUMS: usize = 24;
 
 /// Bytes of rows that stay in a core's second cache while the panels go by, one after the other.
 const CACHED: usize = 512 << 10;
 
+/// Outputs of a panel, 32 or 48, for so many in all: 48, unless a thirtieth more would be multiplied for nothing.
+pub(super) fn panel(outputs: usize) -> usize {
+    let [narrow, wide] = [2 * LANES, 3 * LANES];
+    if 30 * outputs.next_multiple_of(wide) > 31 * outputs.next_multiple_of(narrow) { narrow } else { wide }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub(super) fn multiply(work: Work<'_>) {
-    let stretch = (CACHED / (2 * work.terms)).next_multiple_of(PANEL);
+    // A multiple of the rows of both tiles.
+    let stretch = (CACHED / (2 * work.terms)).next_multiple_of(SUMS);
     for row in (0..work.rows).step_by(stretch) {
+        let rows = row..work.rows.min(row + stretch);
         for panel in work.panels() {
-            block(&panel, row..work.rows.min(row + stretch));
+            match work.panel / LANES {
+                2 => block::<2>(&panel, rows.clone()),
+                _ => block::<3>(&panel, rows.clone()),
+            }
         }
     }
 }
 
+/// A panel of V registers.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn block(p: &Block<'_>, rows: Range<usize>) {
+fn block<const V: usize>(p: &Block<'_>, rows: Range<usize>) {
     let mut row = rows.start;
     while row < rows.end {
         // What is left is cut evenly: 13 rows are tiles of 7 and 6.
         let left = rows.end - row;
-        let count = left.div_ceil(left.div_ceil(MOST_ROWS));
+        let count = left.div_ceil(left.div_ceil(SUMS / V));
         match count {
-            1 => tile::<1>(p, row),
-            2 => tile::<2>(p, row),
-            3 => tile::<3>(p, row),
-            4 => tile::<4>(p, row),
-            5 => tile::<5>(p, row),
-            6 => tile::<6>(p, row),
-            7 => tile::<7>(p, row),
-            8 => tile::<8>(p, row),
-            9 => tile::<9>(p, row),
-            10 => tile::<10>(p, row),
-            11 => tile::<11>(p, row),
-            _ => tile::<12>(p, row),
+            1 => tile::<1, V>(p, row),
+            2 => tile::<2, V>(p, row),
+            3 => tile::<3, V>(p, row),
+            4 => tile::<4, V>(p, row),
+            5 => tile::<5, V>(p, row),
+            6 => tile::<6, V>(p, row),
+            7 => tile::<7, V>(p, row),
+            8 => tile::<8, V>(p, row),
+            9 => tile::<9, 2>(p, row),
+            10 => tile::<10, 2>(p, row),
+            11 => tile::<11, 2>(p, row),
+            _ => tile::<12, 2>(p, row),
         }
         row += count;
     }
@@ -63,50 +78,59 @@ fn numbers(bits: __m512i) -> __m512bh {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 #[inline]
-fn tile<const R: usize>(p: &Block<'_>, row: usize) {
-    let pairs = p.terms / 2;
-    assert!(p.b.len() >= pairs * PANEL && p.a.len() >= (row + R - 1) * p.stride + pairs, "rows of a tile");
+fn tile<const R: usize, const V: usize>(p: &Block<'_>, row: usize) {
+    let (pairs, panel) = (p.terms / 2, V * LANES);
+    assert!(
+        p.panel == panel && p.b.len() >= pairs * panel && p.a.len() >= (row + R - 1) * p.stride + pairs,
+        "rows of a tile"
+    );
+    let out = p.outputs_from(row..row + R);
     let mut a = [p.a.as_ptr(); R];
     for r in 0..R {
         // SAFETY: inside, as asserted.
         a[r] = unsafe { p.a.as_ptr().add((row + r) * p.stride) };
     }
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
-    for pair in 0..pairs {
-        // SAFETY: a panel has 32 pairs for each two terms.
-        let b = unsafe {
-            let at = p.b.as_ptr().add(pair * PANEL);
-            [numbers(_mm512_loadu_si512(at.cast())), numbers(_mm512_loadu_si512(at.add(PANEL / 2).cast()))]
-        };
-        for r in 0..R {
-            // SAFETY: two terms of a row that was asserted to have them.
-            let terms = numbers(_mm512_set1_epi32(unsafe { a[r].add(pair).read() } as i32));
-            for half in 0..2 {
-                sums[r][half] = _mm512_dpbf16_ps(sums[r][half], terms, b[half]);
+    let mut sums = [[_mm512_setzero_ps(); V]; R];
+    for step in 0..pairs / (STEP / 2) {
+        // Where the sums go has mostly left the caches; a row at a time, so that other loads do not wait.
+        if step < R {
+            prefetch(out.wrapping_add(step * p.width), panel);
+        }
+        for pair in step * (STEP / 2)..(step + 1) * (STEP / 2) {
+            let mut b = [numbers(_mm512_set1_epi32(0)); V];
+            for v in 0..V {
+                // SAFETY: a panel has that many pairs for each two terms.
+                b[v] = numbers(unsafe { _mm512_loadu_si512(p.b.as_ptr().add(pair * panel + v * LANES).cast()) });
+            }
+            for r in 0..R {
+                // SAFETY: two terms of a row that was asserted to have them.
+                let terms = numbers(_mm512_set1_epi32(unsafe { a[r].add(pair).read() } as i32));
+                for v in 0..V {
+                    sums[r][v] = _mm512_dpbf16_ps(sums[r][v], terms, b[v]);
+                }
             }
         }
     }
-    // The last panel may be narrower than 32 outputs.
-    if p.count < PANEL {
-        let mut rows = [[0.0f32; PANEL]; R];
+    // The last panel may have fewer outputs.
+    if p.count < panel {
         for r in 0..R {
-            for half in 0..2 {
-                // SAFETY: 16 floats of 32, no alignment needed.
-                unsafe { _mm512_storeu_ps(rows[r].as_mut_ptr().add(half * PANEL / 2), sums[r][half]) };
+            let mut row_sums = [0.0f32; SUMS / 8 * LANES];
+            for v in 0..V {
+                // SAFETY: 16 floats of 48, no alignment needed.
+                unsafe { _mm512_storeu_ps(row_sums.as_mut_ptr().add(v * LANES), sums[r][v]) };
             }
+            p.store(row + r, &row_sums);
         }
-        rows.iter().enumerate().for_each(|(r, sums)| p.store(row + r, sums));
         return;
     }
     // With a check of each row the loop stays a loop, and the sums go through memory.
-    let out = p.outputs_from(row..row + R);
     let (scale, keep) = (_mm512_set1_ps(p.scale), if p.accumulate { u16::MAX } else { 0 });
     for r in 0..R {
-        for half in 0..2 {
+        for v in 0..V {
             // SAFETY: the whole panel's outputs of one of these rows; a task has panels of its own.
             unsafe {
-                let at = out.add(r * p.width + half * PANEL / 2);
-                _mm512_storeu_ps(at, _mm512_fmadd_ps(scale, sums[r][half], _mm512_maskz_loadu_ps(keep, at)));
+                let at = out.add(r * p.width + v * LANES);
+                _mm512_storeu_ps(at, _mm512_fmadd_ps(scale, sums[r][v], _mm512_maskz_loadu_ps(keep, at)));
             }
         }
     }

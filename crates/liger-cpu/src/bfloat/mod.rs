@@ -1,7 +1,7 @@
 //! Products on CPUs that multiply bfloat16 themselves: float32 operands are rounded to it, sums are float32. [`product`] is that of
 //! activations with weights in bfloat16, or unpacked to it, by all threads; [`product_alone`] that of two float32 matrices which stay in a thread's caches.
 //!
-//! The weights are cut into panels of 16 or 32 outputs. A task packs some panels, some terms of the sum at a time, into memory that
+//! The weights are cut into panels of 16, 32 or 48 outputs. A task packs some panels, some terms of the sum at a time, into memory that
 //! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing
 //! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
@@ -34,11 +34,11 @@ pub(crate) enum Kernel {
 }
 
 impl Kernel {
-    /// Outputs of a panel.
-    fn panel(self) -> usize {
+    /// Outputs of a panel, for so many in all.
+    fn panel(self, outputs: usize) -> usize {
         match self {
             Self::Amx => tiles::SIDE,
-            Self::Avx512Bf16 => avx512::PANEL,
+            Self::Avx512Bf16 => avx512::panel(outputs),
         }
     }
 
@@ -157,7 +157,7 @@ pub(crate) fn product(
     accumulate: bool,
 ) {
     assert!(c.len() == m * n && a.len() == m * k && b.covers(n, k), "bfloat16 product {m} x {k} x {n}");
-    let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel());
+    let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel(n));
     let mut rounded = ROUNDED.take();
     let rounded_rows = m.next_multiple_of(ROWS);
     rounded.reserve::<Pair>(rounded_rows * stride);
@@ -186,7 +186,7 @@ pub(crate) fn product(
         let mut packed = PACKED.take();
         for from in (0..k).step_by(depth) {
             let terms = from..k.min(from + depth);
-            let b = packed_panels(kernel, &mut packed, b, outputs.clone(), terms.clone());
+            let b = packed_panels(panel, &mut packed, b, outputs.clone(), terms.clone());
             let (a, terms) = (&a[from / 2 * kernel.rows_together()..], terms.len().next_multiple_of(STEP));
             let (first, count) = (outputs.start, outputs.len());
             let accumulate = accumulate || from > 0;
@@ -212,13 +212,13 @@ pub(crate) fn product_alone(
     if m == 0 || n == 0 {
         return;
     }
-    let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel());
+    let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel(n));
     let (mut rounded, mut packed) = (ROUNDED.take(), PACKED.take());
     rounded.reserve::<Pair>(m.next_multiple_of(ROWS) * stride);
     let narrow = rounded.as_mut_slice::<Pair>();
     // SAFETY: `available` found the instructions.
     unsafe { pack(narrow, kernel.rows_layout(), a, 0..m, 0..k) };
-    let b = packed_panels(kernel, &mut packed, b.t(), 0..n, 0..k);
+    let b = packed_panels(panel, &mut packed, b.t(), 0..n, 0..k);
     let (c, terms) = (&Disjoint::new(c), 2 * stride);
     let a = &*narrow;
     multiply(kernel, Work { a, stride, rows: m, b, panel, terms, c, first: 0, width, count: n, scale, accumulate });
@@ -228,13 +228,12 @@ pub(crate) fn product_alone(
 
 /// Panels of some outputs of `b [outputs, terms]`.
 fn packed_panels(
-    kernel: Kernel,
+    panel: usize,
     memory: &mut Lines,
     b: impl Blocks,
     outputs: Range<usize>,
     terms: Range<usize>,
 ) -> &[Pair] {
-    let panel = kernel.panel();
     let len = outputs.len().next_multiple_of(panel) * terms.len().next_multiple_of(STEP) / 2;
     memory.reserve::<Pair>(len);
     let panels = &mut memory.as_mut_slice::<Pair>()[..len];
@@ -285,6 +284,7 @@ mod tests {
             (13, 70, 65),
             (17, 16, 96),
             (33, 100, 40),
+            (40, 96, 200),
             (64, 31, 1100),
             (100, 64, 2049),
         ];
