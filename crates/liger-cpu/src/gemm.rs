@@ -1,4 +1,5 @@
-//! Matrix products: `x w^T` as dot products ([`dots`]), everything else by `gemm-f32`, the `gemm` crate's part for float32.
+//! Matrix products: which of this crate's a product goes to. What has none of its own is done by `gemm-f32`, the `gemm` crate's part
+//! for float32.
 
 use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
 
@@ -133,10 +134,17 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
     }
     let a_data = a.as_f32()?;
     #[cfg(target_arch = "x86_64")]
-    if let (Storage::Bf16(b), false, true, Some(kernel)) = (b.storage(), how.transpose_a, m >= PACKED, bfloat::best()) {
-        let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
-        bfloat::product(kernel, c.as_f32_mut()?, a_data, b, (m, n, k), how.scale, how.accumulate);
-        return Ok(());
+    if let (Storage::Bf16(b), false, Some(kernel)) = (b.storage(), how.transpose_a, bfloat::best()) {
+        let sizes = (m, n, k);
+        if how.transpose_b && bfloat::few::takes(sizes) {
+            bfloat::few::product(kernel, c.as_f32_mut()?, a_data, b, sizes, how.scale, how.accumulate);
+            return Ok(());
+        }
+        if m >= PACKED {
+            let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
+            bfloat::product(kernel, c.as_f32_mut()?, a_data, b, sizes, how.scale, how.accumulate);
+            return Ok(());
+        }
     }
     if let Storage::F32(b) = b.storage()
         && with_few(c.as_f32_mut()?, a_data, b, (m, n, k), how)

@@ -1,12 +1,13 @@
 //! Products on CPUs that multiply bfloat16 themselves: float32 operands are rounded to it, sums are float32. [`product`] is that of
-//! activations with weights in bfloat16, or unpacked to it, by all threads; [`product_alone`] that of two float32 matrices which stay in a thread's caches.
+//! activations with weights in bfloat16, or unpacked to it, by all threads; [`few::product`] the same for few rows; [`product_alone`] that of two float32 matrices which stay in a thread's caches.
 //!
-//! The weights are cut into panels of 16, 32 or 48 outputs. A task packs some panels, some terms of the sum at a time, into memory that
+//! But for few rows the weights are cut into panels of 16, 32 or 48 outputs. A task packs some panels, some terms of the sum at a time, into memory that
 //! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing
 //! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
 mod amx;
 mod avx512;
+pub(crate) mod few;
 pub(crate) mod pack;
 
 use std::cell::Cell;
@@ -264,7 +265,7 @@ mod tests {
 
     use super::*;
 
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+    pub(super) fn numbers(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

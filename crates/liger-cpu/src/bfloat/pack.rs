@@ -223,7 +223,7 @@ pub(super) unsafe fn pack(
 /// 16 x 16 pairs.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transposed(mut x: [__m512i; 16]) -> [__m512i; 16] {
+pub(super) fn transposed(mut x: [__m512i; 16]) -> [__m512i; 16] {
     // Twos, fours, then whole quarters of vectors change places.
     let mut y = x;
     for i in (0..16).step_by(2) {
