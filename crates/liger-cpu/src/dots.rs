@@ -3,10 +3,10 @@
 //! A tile keeps 4 weight rows times up to 6 rows of `x` in registers. Weights are read once for every block of rows of
 //! `x`, from memory once a call: what a decoding step needs, and good for tall `x` too.
 
-use half::bf16;
 use pulp::{Simd, WithSimd};
 
-use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
+use crate::element::Element;
+use crate::parallel::{Disjoint, for_tasks, threads};
 
 /// Weight rows of a tile.
 const COLUMNS: usize = 4;
@@ -15,30 +15,8 @@ const ROW_BLOCK: usize = 48;
 /// Terms of the sum per pass, so that a tile's operands stay in the nearest cache.
 const DEPTH: usize = 1024;
 
-/// An element type of weights.
-pub(crate) trait Weight: Copy + Sync {
-    /// `weights` as float32, in `scratch` if they have to be widened.
-    fn widened<'a>(weights: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32];
-}
-
-impl Weight for f32 {
-    fn widened<'a>(weights: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
-        weights
-    }
-}
-
-impl Weight for bf16 {
-    fn widened<'a>(weights: &'a [Self], scratch: &'a mut Vec<f32>) -> &'a [f32] {
-        vectorized!(|| {
-            scratch.clear();
-            scratch.extend(weights.iter().map(|w| f32::from_bits(u32::from(w.to_bits()) << 16)));
-        },);
-        scratch
-    }
-}
-
 /// `c [m, n] = scale * x [m, k] w [n, k]^T (+ c)`.
-pub(crate) fn product<W: Weight>(
+pub(crate) fn product<W: Element>(
     c: &mut [f32],
     x: &[f32],
     w: &[W],
@@ -58,7 +36,7 @@ pub(crate) fn product<W: Weight>(
 }
 
 /// The same on this thread alone.
-pub(crate) fn product_alone<W: Weight>(
+pub(crate) fn product_alone<W: Element>(
     c: &mut [f32],
     x: &[f32],
     w: &[W],
@@ -72,7 +50,7 @@ pub(crate) fn product_alone<W: Weight>(
 }
 
 /// `out [m, d] = p [m, n] v [n, d]`: sums of value rows, for a few rows of weights.
-pub(crate) fn weighted_sums<W: Weight>(out: &mut [f32], p: &[f32], v: &[W], (m, n, d): (usize, usize, usize)) {
+pub(crate) fn weighted_sums<W: Element>(out: &mut [f32], p: &[f32], v: &[W], (m, n, d): (usize, usize, usize)) {
     /// Value rows that stay in the nearest cache for all rows of weights.
     const ROWS: usize = 64;
     assert!(out.len() == m * d && p.len() == m * n && v.len() == n * d, "weighted sums {m} x {n} x {d}");
@@ -135,7 +113,7 @@ struct Piece<'a, W> {
     accumulate: bool,
 }
 
-impl<W: Weight> WithSimd for Piece<'_, W> {
+impl<W: Element> WithSimd for Piece<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -160,7 +138,7 @@ impl<W: Weight> WithSimd for Piece<'_, W> {
     }
 }
 
-impl<W: Weight> Piece<'_, W> {
+impl<W: Element> Piece<'_, W> {
     #[inline(always)]
     fn row_block<S: Simd>(
         &self,

@@ -3,9 +3,10 @@
 use liger_tensor::checks::{self, same_length, whole_rows};
 use liger_tensor::{Activation, Result, Storage, Tensor};
 
+use crate::element::Element;
 use crate::gemm::quantized_of;
 use crate::math::{dot, exp, sigmoid, softmax};
-use crate::parallel::{for_rows, vectorized};
+use crate::parallel::{Disjoint, for_rows, vectorized};
 
 pub(crate) fn add_bias(x: &mut Tensor, bias: &Tensor) -> Result<()> {
     whole_rows("add_bias", x, bias.len())?;
@@ -20,38 +21,51 @@ pub(crate) fn add_bias(x: &mut Tensor, bias: &Tensor) -> Result<()> {
 
 pub(crate) fn axpby(y: &mut Tensor, a: f32, x: &Tensor, b: f32) -> Result<()> {
     same_length("axpby", y, x)?;
-    let x = x.as_f32()?;
-    for_rows(y.as_f32_mut()?, 1, |start, y| {
+    match x.storage() {
+        Storage::Bf16(x) => axpby_of(y.as_f32_mut()?, a, x, b),
+        _ => axpby_of(y.as_f32_mut()?, a, x.as_f32()?, b),
+    }
+    Ok(())
+}
+
+fn axpby_of<T: Element>(y: &mut [f32], a: f32, x: &[T], b: f32) {
+    for_rows(y, 1, |start, y| {
         let x = &x[start..start + y.len()];
         // `b = 0` must not read: the old elements may be anything.
         vectorized!(|| {
             if b == 0.0 {
-                y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x);
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x.widen());
             } else {
-                y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x + b * *y);
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = a * x.widen() + b * *y);
             }
         },);
     });
-    Ok(())
 }
 
 pub(crate) fn rms_norm_forward(out: &mut Tensor, x: &Tensor, weight: &Tensor, epsilon: f32) -> Result<()> {
     same_length("rms_norm_forward", out, x)?;
     whole_rows("rms_norm_forward", x, weight.len())?;
     let (x, weight) = (x.as_f32()?, weight.as_f32()?);
+    match out.storage() {
+        Storage::Bf16(_) => rms_norm_of(out.as_bf16_mut()?, x, weight, epsilon),
+        _ => rms_norm_of(out.as_f32_mut()?, x, weight, epsilon),
+    }
+    Ok(())
+}
+
+fn rms_norm_of<T: Element>(out: &mut [T], x: &[f32], weight: &[f32], epsilon: f32) {
     let d = weight.len();
-    for_rows(out.as_f32_mut()?, d, |first, out| {
+    for_rows(out, d, |first, out| {
         let x = &x[first * d..first * d + out.len()];
         vectorized!(|| {
             for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                 let scale = 1.0 / (dot(x, x) / d as f32 + epsilon).sqrt();
                 for i in 0..d {
-                    out[i] = x[i] * scale * weight[i];
+                    out[i] = T::narrow(x[i] * scale * weight[i]);
                 }
             }
         },);
     });
-    Ok(())
 }
 
 /// With r = 1 / rms and h = weight dy: dx += r (h - x r^2 mean(h x)).
@@ -131,40 +145,55 @@ const SATURATED: f32 = 100.0;
 pub(crate) fn glu_forward(out: &mut Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<()> {
     same_length("glu_forward", out, gate)?;
     same_length("glu_forward", up, gate)?;
+    match gate.storage() {
+        Storage::Bf16(gate) => glu_of(out.as_bf16_mut()?, gate, up.as_bf16()?, activation),
+        _ => glu_of(out.as_f32_mut()?, gate.as_f32()?, up.as_f32()?, activation),
+    }
+    Ok(())
+}
+
+fn glu_of<T: Element>(out: &mut [T], gate: &[T], up: &[T], activation: Activation) {
     let [a, b] = activation.coefficients();
-    let (gate, up) = (gate.as_f32()?, up.as_f32()?);
-    for_rows(out.as_f32_mut()?, 1, |start, out| {
+    for_rows(out, 1, |start, out| {
         let (gate, up) = (&gate[start..start + out.len()], &up[start..start + out.len()]);
         vectorized!(|| {
             for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+                let g = g.widen();
                 let x = g.clamp(-SATURATED, SATURATED);
-                *out = g * sigmoid(x * (a + b * x * x)) * u;
+                *out = T::narrow(g * sigmoid(x * (a + b * x * x)) * u.widen());
             }
         },);
     });
-    Ok(())
 }
 
 /// The activation's derivative is s (1 + g (a + 3 b g^2) (1 - s)), s = sigmoid(a g + b g^3).
 pub(crate) fn glu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, activation: Activation) -> Result<()> {
     same_length("glu_backward", gate, dout)?;
     same_length("glu_backward", up, dout)?;
+    match dout.storage() {
+        Storage::Bf16(dout) => glu_gradients(gate.as_bf16_mut()?, up.as_bf16_mut()?, dout, activation),
+        _ => glu_gradients(gate.as_f32_mut()?, up.as_f32_mut()?, dout.as_f32()?, activation),
+    }
+    Ok(())
+}
+
+fn glu_gradients<T: Element>(gate: &mut [T], up: &mut [T], dout: &[T], activation: Activation) {
     let [a, b] = activation.coefficients();
-    let (dout, up) = (dout.as_f32()?, crate::parallel::Disjoint::new(up.as_f32_mut()?));
-    for_rows(gate.as_f32_mut()?, 1, |start, gate| {
+    let up = Disjoint::new(up);
+    for_rows(gate, 1, |start, gate| {
         let dout = &dout[start..start + gate.len()];
         // SAFETY: the pieces of `gate` do not overlap, and `up` is cut at the same places.
         let up = unsafe { up.slice(start, gate.len()) };
         vectorized!(|| {
-            for ((g, u), d) in gate.iter_mut().zip(up.iter_mut()).zip(dout) {
+            for ((gate, up), d) in gate.iter_mut().zip(up.iter_mut()).zip(dout) {
+                let (g, u, d) = (gate.widen(), up.widen(), d.widen());
                 let x = g.clamp(-SATURATED, SATURATED);
                 let s = sigmoid(x * (a + b * x * x));
-                let (dg, du) = (d * *u * s * (1.0 + x * (a + 3.0 * b * x * x) * (1.0 - s)), d * *g * s);
-                (*g, *u) = (dg, du);
+                let (dg, du) = (d * u * s * (1.0 + x * (a + 3.0 * b * x * x) * (1.0 - s)), d * g * s);
+                (*gate, *up) = (T::narrow(dg), T::narrow(du));
             }
         },);
     });
-    Ok(())
 }
 
 pub(crate) fn embedding(out: &mut Tensor, table: &Tensor, ids: &[u32]) -> Result<()> {

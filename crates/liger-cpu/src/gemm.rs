@@ -1,11 +1,13 @@
 //! Matrix products: which of this crate's a product goes to. What has none of its own is done by `gemm-f32`, the `gemm` crate's part
 //! for float32.
 
-use liger_tensor::{Error, Gemm, Result, Storage, Tensor};
+use half::bf16;
+use liger_tensor::{Buffer, DType, Error, Gemm, Result, Storage, Tensor};
 
 #[cfg(target_arch = "x86_64")]
 use crate::bfloat;
 use crate::dots;
+use crate::element::Element;
 use crate::narrow;
 use crate::parallel::{for_rows, threads, vectorized};
 use crate::quantized::{self, Quantized};
@@ -132,20 +134,23 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
     if n == 0 || m == 0 {
         return Ok(());
     }
-    let a_data = a.as_f32()?;
     #[cfg(target_arch = "x86_64")]
     if let (Storage::Bf16(b), false, Some(kernel)) = (b.storage(), how.transpose_a, bfloat::best()) {
-        let sizes = (m, n, k);
-        if how.transpose_b && bfloat::few::takes(sizes) {
-            bfloat::few::product(kernel, c.as_f32_mut()?, a_data, b, sizes, how.scale, how.accumulate);
-            return Ok(());
-        }
-        if m >= PACKED {
-            let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
-            bfloat::product(kernel, c.as_f32_mut()?, a_data, b, sizes, how.scale, how.accumulate);
+        let product = Narrow { kernel, b, sizes: (m, n, k), how };
+        let is_done = match (a.storage(), c.dtype()) {
+            (Storage::Bf16(a), DType::Bf16) => product.run(c.as_bf16_mut()?, a),
+            (Storage::Bf16(a), _) => product.run(c.as_f32_mut()?, a),
+            (_, DType::Bf16) => product.run(c.as_bf16_mut()?, a.as_f32()?),
+            _ => product.run(c.as_f32_mut()?, a.as_f32()?),
+        };
+        if is_done {
             return Ok(());
         }
     }
+    if a.dtype() == DType::Bf16 || c.dtype() == DType::Bf16 {
+        return by_widening(c, a, b, how);
+    }
+    let a_data = a.as_f32()?;
     if let Storage::F32(b) = b.storage()
         && with_few(c.as_f32_mut()?, a_data, b, (m, n, k), how)
     {
@@ -185,6 +190,53 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
             let (found, expected) = ("narrow weights", "float32 where both operands are transposed");
             return Err(Error::Storage { operation: "gemm", found, expected });
         }
+    }
+    Ok(())
+}
+
+/// A product with bfloat16 weights on a CPU that multiplies bfloat16.
+#[cfg(target_arch = "x86_64")]
+struct Narrow<'a> {
+    kernel: bfloat::Kernel,
+    b: &'a [bf16],
+    sizes: (usize, usize, usize),
+    how: Gemm,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Narrow<'_> {
+    /// Whether there is such a product for these sizes, and it was done.
+    fn run<C: bfloat::Output, A: bfloat::Source>(&self, c: &mut [C], a: &[A]) -> bool {
+        let Self { kernel, b, sizes: (m, n, k), how } = *self;
+        if how.transpose_b && bfloat::few::takes((m, n, k)) {
+            bfloat::few::product(kernel, c, a, b, (m, n, k), how.scale, how.accumulate);
+        } else if m >= PACKED {
+            let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
+            bfloat::product(kernel, c, a, b, (m, n, k), how.scale, how.accumulate);
+        } else {
+            return false;
+        }
+        true
+    }
+}
+
+/// Operands in bfloat16 where no product takes such: by way of float32.
+fn by_widening(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
+    let wide = |t: &Tensor| -> Result<Tensor> {
+        let data = match t.storage() {
+            Storage::Bf16(data) => data.iter().map(|x| x.widen()).collect(),
+            _ => t.as_f32()?.to_vec(),
+        };
+        Ok(Tensor::host(t.shape(), Storage::F32(Buffer::Owned(data))))
+    };
+    let mut sums = wide(c)?;
+    gemm(&mut sums, &wide(a)?, b, how)?;
+    match c.storage() {
+        Storage::Bf16(_) => {
+            let sums = sums.as_f32()?;
+            c.as_bf16_mut()?.iter_mut().zip(sums).for_each(|(c, sum)| *c = bf16::narrow(*sum));
+        }
+        _ => *c = sums,
     }
     Ok(())
 }
@@ -231,7 +283,7 @@ const PACKED: usize = 8;
 const TALL: usize = 96;
 
 /// `c [m, n] = scale x [m, k] w [n, k]^T (+ c)`, the weights transposed a panel of rows at a time.
-fn tall<W: dots::Weight>(c: &mut [f32], x: &[f32], w: &[W], (m, n, k): (usize, usize, usize), how: Gemm) {
+fn tall<W: Element>(c: &mut [f32], x: &[f32], w: &[W], (m, n, k): (usize, usize, usize), how: Gemm) {
     const PANEL: usize = 512;
     const STRIP: usize = 16;
     let mut panel = vec![0.0f32; PANEL.min(n) * k];

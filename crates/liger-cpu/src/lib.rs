@@ -17,6 +17,7 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod bfloat;
 mod dots;
+mod element;
 mod elementwise;
 mod features;
 mod gemm;
@@ -122,12 +123,23 @@ impl Ops for Cpu {
         Ok(Tensor::pooled(shape, &self.pool))
     }
 
+    fn empty_operand(&self, shape: &[usize]) -> Result<Tensor> {
+        match self.alone {
+            gemm::Alone::Full => self.empty(shape),
+            #[cfg(target_arch = "x86_64")]
+            gemm::Alone::Rounded(_) => Ok(Tensor::pooled_bf16(shape, &self.pool)),
+        }
+    }
+
     fn empty_f32(&self, shape: &[usize]) -> Result<Tensor> {
         self.empty(shape)
     }
 
     fn clear(&self, x: &mut Tensor) -> Result<()> {
-        x.as_f32_mut()?.fill(0.0);
+        match x.storage() {
+            Storage::Bf16(_) => x.as_bf16_mut()?.fill(bf16::ZERO),
+            _ => x.as_f32_mut()?.fill(0.0),
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! LoRA's products for projections that share their input: the input, a tall matrix, and its gradient go through memory once for all
 //! of them.
 
-use liger_tensor::{Result, Tensor};
+use liger_tensor::{Result, Storage, Tensor};
 
 use crate::narrow::{self, FEW, TALL};
 
@@ -23,9 +23,12 @@ fn stacked(a: &[&Tensor]) -> Result<Vec<f32>> {
 pub(crate) fn forward(low: &mut [Tensor], x: &Tensor, a: &[&Tensor]) -> Result<()> {
     let ranks = ranks(a);
     let (rows, width) = (x.dim(0), ranks.iter().sum());
-    let (x, a) = (x.as_f32()?, stacked(a)?);
+    let (a, sizes) = (stacked(a)?, (rows, width, x.len() / rows));
     let mut all = vec![0.0; rows * width];
-    narrow::few_outputs(&mut all, x, &a, (rows, width, x.len() / rows), 1.0, false);
+    match x.storage() {
+        Storage::Bf16(x) => narrow::few_outputs(&mut all, x, &a, sizes, 1.0, false),
+        _ => narrow::few_outputs(&mut all, x.as_f32()?, &a, sizes, 1.0, false),
+    }
     let mut first = 0;
     for (low, rank) in low.iter_mut().zip(ranks) {
         for (low, all) in low.as_f32_mut()?.chunks_exact_mut(rank).zip(all.chunks_exact(width)) {
@@ -46,7 +49,6 @@ pub(crate) fn backward(
 ) -> Result<()> {
     let ranks = ranks(a);
     let (rows, width) = (x.dim(0), ranks.iter().sum());
-    let x = x.as_f32()?;
     let inputs = x.len() / rows;
     let mut all = vec![0.0; rows * width];
     let mut first = 0;
@@ -57,7 +59,10 @@ pub(crate) fn backward(
         first += rank;
     }
     let mut gradients = vec![0.0; width * inputs];
-    narrow::few_rows(&mut gradients, &all, x, (width, inputs, rows), 1.0, false);
+    match x.storage() {
+        Storage::Bf16(x) => narrow::few_rows(&mut gradients, &all, x, (width, inputs, rows), 1.0, false),
+        _ => narrow::few_rows(&mut gradients, &all, x.as_f32()?, (width, inputs, rows), 1.0, false),
+    }
     let mut rest = gradients.as_slice();
     for (da, rank) in da.iter_mut().zip(ranks) {
         let (own, after) = rest.split_at(rank * inputs);

@@ -4,6 +4,7 @@
 use pulp::{Simd, WithSimd};
 
 use crate::dots;
+use crate::element::Element;
 use crate::parallel::{Disjoint, for_tasks, threads};
 
 /// Most columns of the small matrix.
@@ -60,9 +61,9 @@ pub(crate) fn few_terms(
 }
 
 /// `c [m, n] = scale a [m, k] w^T (+ c)` for a small n, with `w [n, k]`.
-pub(crate) fn few_outputs(
+pub(crate) fn few_outputs<T: Element>(
     c: &mut [f32],
-    a: &[f32],
+    a: &[T],
     w: &[f32],
     (m, n, k): (usize, usize, usize),
     scale: f32,
@@ -74,16 +75,17 @@ pub(crate) fn few_outputs(
         let rows = task * ROWS..m.min((task + 1) * ROWS);
         // SAFETY: tasks have distinct rows.
         let c = unsafe { c.slice(rows.start * n, rows.len() * n) };
-        let a = &a[rows.start * k..rows.end * k];
+        let mut scratch = Vec::new();
+        let a = T::widened(&a[rows.start * k..rows.end * k], &mut scratch);
         dots::product_alone(c, a, w, (rows.len(), n, k), scale, accumulate);
     });
 }
 
 /// `c [m, n] = scale a^T b (+ c)` for a small m, with `a [k, m]` and `b [k, n]`.
-pub(crate) fn few_rows(
+pub(crate) fn few_rows<T: Element>(
     c: &mut [f32],
     a: &[f32],
-    b: &[f32],
+    b: &[T],
     (m, n, k): (usize, usize, usize),
     scale: f32,
     accumulate: bool,
@@ -100,12 +102,15 @@ pub(crate) fn few_rows(
         // SAFETY: each task has its own.
         let part = unsafe { all.slice(task * m * n, m * n) };
         let end = k.min((task + 1) * rows);
+        let mut scratch = Vec::new();
         for row in (task * rows..end).step_by(ROWS) {
             let rows = row..end.min(row + ROWS);
+            let b = T::widened(&b[rows.start * n..rows.end * n], &mut scratch);
             for first in (0..m).step_by(TERMS) {
                 let terms = first..m.min(first + TERMS);
                 let c = &mut part[terms.start * n..terms.end * n];
-                pulp::Arch::new().dispatch(Gather { c, a: &a[first..], width, b, n, rows: rows.clone() });
+                let a = &a[rows.start * width + first..];
+                pulp::Arch::new().dispatch(Gather { c, a, width, b, n });
             }
         }
     });
@@ -169,7 +174,6 @@ struct Gather<'a> {
     width: usize,
     b: &'a [f32],
     n: usize,
-    rows: std::ops::Range<usize>,
 }
 
 impl WithSimd for Gather<'_> {
@@ -177,12 +181,13 @@ impl WithSimd for Gather<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { c, a, width, b, n, rows } = self;
+        let Self { c, a, width, b, n } = self;
+        let rows = b.len() / n;
         let step = 2 * S::F32_LANES;
         let whole = n / step * step;
         for column in (0..whole).step_by(step) {
             let mut sums = [[simd.splat_f32s(0.0); 2]; TERMS];
-            for row in rows.clone() {
+            for row in 0..rows {
                 let b = S::as_simd_f32s(&b[row * n + column..][..step]).0;
                 let (Some(a), [first, second]) = (a[row * width..].first_chunk::<TERMS>(), b) else { continue };
                 for term in 0..TERMS {
@@ -197,7 +202,7 @@ impl WithSimd for Gather<'_> {
                 }
             }
         }
-        for row in rows {
+        for row in 0..rows {
             for (c, a) in c.chunks_exact_mut(n).zip(&a[row * width..]) {
                 let b = &b[row * n + whole..(row + 1) * n];
                 c[whole..].iter_mut().zip(b).for_each(|(c, b)| *c += a * b);

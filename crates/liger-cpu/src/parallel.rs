@@ -43,7 +43,7 @@ fn rows_per_task(rows: usize, width: usize) -> usize {
 }
 
 /// Calls `f(first row, rows)` for pieces of `data`, a matrix of rows of `width`.
-pub(crate) fn for_rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+pub(crate) fn for_rows<T: Send>(data: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let rows = rows_per_task(data.len() / width.max(1), width);
     if rows * width >= data.len() {
         return f(0, data);

@@ -132,7 +132,7 @@ impl Context<'_> {
     fn attention_forward(&self, x: &Tensor, state: LayerState<'_>, trains: bool) -> Result<(Tensor, Activations)> {
         let Self { ops, config, weights, .. } = *self;
         let n = x.dim(0);
-        let mut normed = ops.empty(x.shape())?;
+        let mut normed = ops.empty_operand(x.shape())?;
         ops.rms_norm_forward(&mut normed, x, &weights.input_norm, config.rms_norm_eps)?;
         let project = |target: Target, heads: usize| -> Result<Tensor> {
             let mut out = ops.empty(&[n, heads, config.head_dim])?;
@@ -210,10 +210,10 @@ impl Context<'_> {
     /// Gate and up of the feed-forward layer for `x`.
     fn gate_up(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let Self { ops, config, weights, .. } = *self;
-        let mut normed = ops.empty(x.shape())?;
+        let mut normed = ops.empty_operand(x.shape())?;
         ops.rms_norm_forward(&mut normed, x, &weights.feed_forward_norm, config.rms_norm_eps)?;
-        let mut gate = ops.empty(&[x.dim(0), config.intermediate_size])?;
-        let mut up = ops.empty(&[x.dim(0), config.intermediate_size])?;
+        let mut gate = ops.empty_operand(&[x.dim(0), config.intermediate_size])?;
+        let mut up = ops.empty_operand(&[x.dim(0), config.intermediate_size])?;
         linear(ops, &mut gate, &normed, &weights.gate, None)?;
         linear(ops, &mut up, &normed, &weights.up, None)?;
         Ok((gate, up))
@@ -221,7 +221,7 @@ impl Context<'_> {
 
     /// `x` plus the feed-forward layer's output, and that output where a norm comes after it.
     fn down(&self, x: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let mut inner = self.ops.empty(gate.shape())?;
+        let mut inner = self.ops.empty_operand(gate.shape())?;
         self.ops.glu_forward(&mut inner, gate, up, self.config.family.activation())?;
         let mut out = self.ops.empty(x.shape())?;
         linear(self.ops, &mut out, &inner, &self.weights.down, self.addend(x))?;
@@ -264,7 +264,7 @@ impl Context<'_> {
     ) -> Result<()> {
         let Self { ops, config, weights, .. } = *self;
         let doutput = self.output_gradient(output.as_ref(), dx, Half::FeedForward)?;
-        let mut dinner = ops.empty(gate.shape())?;
+        let mut dinner = ops.empty_operand(gate.shape())?;
         ops.gemm(&mut dinner, doutput.as_ref().unwrap_or(dx), &weights.down.weight, Gemm::INPUT_GRADIENT)?;
         ops.glu_backward(&mut gate, &mut up, &dinner, config.family.activation())?;
         let mut dnormed = ops.empty(x.shape())?;

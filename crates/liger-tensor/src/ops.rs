@@ -162,6 +162,11 @@ pub trait Ops: Send + Sync {
     }
     /// A tensor of activations whose elements are not set.
     fn empty(&self, shape: &[usize]) -> Result<Tensor>;
+    /// The same for what a [`gemm`](Ops::gemm) reads or writes and nothing else touches but norms, the feed-forward layer's activation and
+    /// adapters: in the type that products multiply, where that is a narrower one.
+    fn empty_operand(&self, shape: &[usize]) -> Result<Tensor> {
+        self.empty(shape)
+    }
     /// A float32 tensor whose elements are not set.
     fn empty_f32(&self, shape: &[usize]) -> Result<Tensor>;
     /// A tensor of activations that are zero.

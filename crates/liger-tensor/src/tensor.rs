@@ -94,9 +94,16 @@ impl Tensor {
     /// A float32 tensor whose memory comes from `pool` and goes back there when it is dropped. Its elements are those
     /// of whoever had the memory before.
     pub fn pooled(shape: &[usize], pool: &Arc<Pool>) -> Self {
-        let data = pool.take(shape.iter().product());
+        let data = pool.take(DType::F32.bytes(shape.iter().product()));
         let storage = Storage::F32(Buffer::Pooled(data));
         Self { shape: shape.to_vec(), dtype: DType::F32, storage, pool: Some(pool.clone()) }
+    }
+
+    /// The same in bfloat16.
+    pub fn pooled_bf16(shape: &[usize], pool: &Arc<Pool>) -> Self {
+        let data = pool.take(DType::Bf16.bytes(shape.iter().product()));
+        let storage = Storage::Bf16(Buffer::Pooled(data));
+        Self { shape: shape.to_vec(), dtype: DType::Bf16, storage, pool: Some(pool.clone()) }
     }
 
     /// Wraps memory of another device.
@@ -175,6 +182,17 @@ impl Tensor {
         }
     }
 
+    /// The elements, if they are bfloat16 in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] for anything else.
+    pub fn as_bf16(&self) -> Result<&[bf16]> {
+        match &self.storage {
+            Storage::Bf16(data) => Ok(data),
+            other => Err(wrong_storage(other, "host bfloat16")),
+        }
+    }
+
     /// The elements to write, if they are the tensor's own and float32 in host memory.
     ///
     /// # Errors
@@ -194,6 +212,7 @@ impl Tensor {
     pub fn as_bf16_mut(&mut self) -> Result<&mut [bf16]> {
         match &mut self.storage {
             Storage::Bf16(Buffer::Owned(data)) => Ok(data),
+            Storage::Bf16(Buffer::Pooled(lines)) => Ok(lines.as_mut_slice()),
             other => Err(wrong_storage(other, "own host bfloat16")),
         }
     }
@@ -211,7 +230,9 @@ fn wrong_storage(found: &Storage, expected: &'static str) -> Error {
 
 impl Drop for Tensor {
     fn drop(&mut self) {
-        if let (Some(pool), Storage::F32(Buffer::Pooled(lines))) = (&self.pool, &mut self.storage) {
+        if let (Some(pool), Storage::F32(Buffer::Pooled(lines)) | Storage::Bf16(Buffer::Pooled(lines))) =
+            (&self.pool, &mut self.storage)
+        {
             pool.give_back(std::mem::take(lines));
         }
     }
@@ -228,7 +249,7 @@ impl std::fmt::Debug for Tensor {
 #[derive(Default)]
 pub struct Pool(Mutex<Blocks>);
 
-/// Lengths are in elements.
+/// Lengths are in bytes.
 #[derive(Default)]
 struct Blocks {
     /// By exact length: the sizes of a step are few and repeat.
@@ -239,28 +260,28 @@ struct Blocks {
 }
 
 impl Pool {
-    fn take(&self, count: usize) -> Lines {
+    fn take(&self, bytes: usize) -> Lines {
         let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        blocks.in_use += count;
+        blocks.in_use += bytes;
         blocks.peak = blocks.peak.max(blocks.in_use);
-        let found = blocks.free.get_mut(&count).and_then(Vec::pop);
+        let found = blocks.free.get_mut(&bytes).and_then(Vec::pop);
         if found.is_some() {
-            blocks.waiting -= count;
+            blocks.waiting -= bytes;
         }
         drop(blocks);
-        found.unwrap_or_else(|| Lines::zeroed::<f32>(count))
+        found.unwrap_or_else(|| Lines::zeroed::<u8>(bytes))
     }
 
     fn give_back(&self, data: Lines) {
-        let count = data.as_slice::<f32>().len();
+        let bytes = data.as_slice::<u8>().len();
         let mut blocks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        blocks.in_use -= count;
-        if blocks.waiting + count > 2 * blocks.peak {
+        blocks.in_use -= bytes;
+        if blocks.waiting + bytes > 2 * blocks.peak {
             blocks.free.clear();
             blocks.waiting = 0;
         }
-        blocks.waiting += count;
-        blocks.free.entry(count).or_default().push(data);
+        blocks.waiting += bytes;
+        blocks.free.entry(bytes).or_default().push(data);
     }
 
     /// Frees what no tensor holds now: between phases whose sizes differ.
@@ -283,7 +304,7 @@ mod tests {
         for length in 1..1000 {
             let pair = [Tensor::pooled(&[length], &pool), Tensor::pooled(&[2 * length], &pool)];
             drop(pair);
-            assert!(waiting() <= 6 * length, "{} elements wait after texts of {length}", waiting());
+            assert!(waiting() <= 24 * length, "{} bytes wait after texts of {length}", waiting());
         }
         drop(Tensor::pooled(&[7], &pool));
         let before = waiting();

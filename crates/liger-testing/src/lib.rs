@@ -60,6 +60,16 @@ impl Check<'_> {
         self.ops.upload(values, shape, self.ops.activations()).expect("upload")
     }
 
+    /// What products read, as [`Ops::empty_operand`] has it.
+    pub(crate) fn operand(&self, values: &[f64], shape: &[usize]) -> Tensor {
+        let values = values.iter().map(|&x| x as f32).collect();
+        self.ops.upload(values, shape, self.operands()).expect("upload")
+    }
+
+    fn operands(&self) -> DType {
+        self.ops.empty_operand(&[1]).expect("empty_operand").dtype()
+    }
+
     /// What is float32 on every device: norms, gates, states, optimizer.
     pub(crate) fn exact(&self, values: &[f64], shape: &[usize]) -> Tensor {
         let values = values.iter().map(|&x| x as f32).collect();
@@ -69,6 +79,11 @@ impl Check<'_> {
     /// Memory that holds NaN: an output that is not overwritten shows.
     pub(crate) fn poisoned(&self, shape: &[usize]) -> Tensor {
         self.ops.upload(vec![f32::NAN; shape.iter().product()], shape, self.ops.activations()).expect("upload")
+    }
+
+    /// The same for what products write.
+    pub(crate) fn poisoned_operand(&self, shape: &[usize]) -> Tensor {
+        self.ops.upload(vec![f32::NAN; shape.iter().product()], shape, self.operands()).expect("upload")
     }
 
     /// The same for what is float32 on every device.

@@ -59,7 +59,20 @@ fn products(c: &Check<'_>) {
             let how = Gemm { transpose_a: false, transpose_b: b_flag, scale: 1.0, accumulate: false };
             let mut out = c.poisoned(&[m, n]);
             c.ops.gemm(&mut out, &c.tensor(&x, &[m, k]), &b, how).expect("gemm");
-            c.close(&format!("bf16 gemm {m} {n} {k}"), &out, &matmul(&x, &rounded, (m, n, k)));
+            let product = matmul(&x, &rounded, (m, n, k));
+            c.close(&format!("bf16 gemm {m} {n} {k}"), &out, &product);
+            // Operands in the type that the device multiplies, and sums in either.
+            let (a, what) = (c.operand(&x, &[m, k]), format!("gemm of operands {m} {n} {k}"));
+            for mut out in [c.poisoned(&[m, n]), c.poisoned_operand(&[m, n])] {
+                c.ops.gemm(&mut out, &a, &b, how).expect(&what);
+                c.close(&what, &out, &product);
+                c.ops.gemm(&mut out, &a, &b, how.accumulated().scaled(0.5)).expect(&what);
+                let expected: Vec<f64> = product.iter().map(|x| 1.5 * x).collect();
+                c.close(&what, &out, &expected);
+            }
+            let mut out = c.poisoned_operand(&[m, n]);
+            c.ops.gemm(&mut out, &c.tensor(&x, &[m, k]), &b, how).expect(&what);
+            c.close(&what, &out, &product);
         }
     }
 }
@@ -83,13 +96,15 @@ fn low_rank(c: &Check<'_>) {
         let (a, old_da) = (of_each(rank * inputs, &mut numbers), of_each(rank * inputs, &mut numbers));
         let dlow = of_each(n * rank, &mut numbers);
         let what = format!("low rank {n} {inputs}, {count} of {rank}");
-        let xt = c.tensor(&x, &[n, inputs]);
         let at: Vec<_> = a.iter().map(|a| c.exact(a, &[rank, inputs])).collect();
         let at: Vec<_> = at.iter().collect();
-        let mut low: Vec<_> = (0..count).map(|_| c.poisoned(&[n, rank])).collect();
-        c.ops.low_rank_forward(&mut low, &xt, &at).expect(&what);
-        for (low, a) in low.iter().zip(&a) {
-            c.close(&what, low, &matmul(&x, &transpose(a, rank), (n, rank, inputs)));
+        let inputs_of_both_types = [c.tensor(&x, &[n, inputs]), c.operand(&x, &[n, inputs])];
+        for xt in &inputs_of_both_types {
+            let mut low: Vec<_> = (0..count).map(|_| c.poisoned(&[n, rank])).collect();
+            c.ops.low_rank_forward(&mut low, xt, &at).expect(&what);
+            for (low, a) in low.iter().zip(&a) {
+                c.close(&what, low, &matmul(&x, &transpose(a, rank), (n, rank, inputs)));
+            }
         }
         let dlows: Vec<_> = dlow.iter().map(|dlow| c.tensor(dlow, &[n, rank])).collect();
         let mut expected = old.clone();
@@ -97,11 +112,13 @@ fn low_rank(c: &Check<'_>) {
             let through = matmul(dlow, a, (n, inputs, rank));
             expected.iter_mut().zip(through).for_each(|(sum, x)| *sum += x);
         }
-        for with_input in [true, false] {
+        for (with_input, xt) in
+            [true, false].into_iter().flat_map(|with| inputs_of_both_types.iter().map(move |x| (with, x)))
+        {
             let mut dx = c.tensor(&old, &[n, inputs]);
             let mut da: Vec<_> = old_da.iter().map(|da| c.exact(da, &[rank, inputs])).collect();
             let mut list: Vec<_> = da.iter_mut().collect();
-            c.ops.low_rank_backward(with_input.then_some(&mut dx), &mut list, &dlows, &xt, &at).expect(&what);
+            c.ops.low_rank_backward(with_input.then_some(&mut dx), &mut list, &dlows, xt, &at).expect(&what);
             c.close(&format!("{what}: dx"), &dx, if with_input { &expected } else { &old });
             for ((da, old), dlow) in da.iter().zip(&old_da).zip(&dlow) {
                 let product = matmul(&transpose(dlow, n), &x, (rank, inputs, n));
@@ -124,9 +141,10 @@ fn norms_and_activations(c: &Check<'_>) {
             x.chunks(d).flat_map(row).collect()
         };
         let (xt, wt) = (c.tensor(&x, &[n, d]), c.exact(&w, &[d]));
-        let mut out = c.poisoned(&[n, d]);
-        c.ops.rms_norm_forward(&mut out, &xt, &wt, 1e-5).expect("rms_norm_forward");
-        c.close("rms_norm_forward", &out, &norm(&x));
+        for mut out in [c.poisoned(&[n, d]), c.poisoned_operand(&[n, d])] {
+            c.ops.rms_norm_forward(&mut out, &xt, &wt, 1e-5).expect("rms_norm_forward");
+            c.close("rms_norm_forward", &out, &norm(&x));
+        }
         let mut dx = c.tensor(&old, &[n, d]);
         c.ops.rms_norm_backward(&mut dx, &xt, &wt, 1e-5, &c.tensor(&dy, &[n, d])).expect("rms_norm_backward");
         let expected: Vec<f64> = gradient(&x, &dy, norm).iter().zip(&old).map(|(g, o)| g + o).collect();
@@ -139,13 +157,17 @@ fn norms_and_activations(c: &Check<'_>) {
             [(Activation::Silu, &silu), (Activation::GeluTanh, &gelu)];
         for (activation, plain) in activations {
             let glu = |g: &[f64], u: &[f64]| -> Vec<f64> { g.iter().zip(u).map(|(g, u)| plain(*g) * u).collect() };
-            let (mut gt, mut ut) = (c.tensor(&gate, &[n, d]), c.tensor(&up, &[n, d]));
-            let mut out = c.poisoned(&[n, d]);
-            c.ops.glu_forward(&mut out, &gt, &ut, activation).expect("glu_forward");
-            c.close(&format!("glu_forward {activation:?}"), &out, &glu(&gate, &up));
-            c.ops.glu_backward(&mut gt, &mut ut, &c.tensor(&dy, &[n, d]), activation).expect("glu_backward");
-            c.close(&format!("glu_backward {activation:?} gate"), &gt, &gradient(&gate, &dy, |g| glu(g, &up)));
-            c.close(&format!("glu_backward {activation:?} up"), &ut, &gradient(&up, &dy, |u| glu(&gate, u)));
+            for are_operands in [false, true] {
+                let tensor = |x: &[f64]| if are_operands { c.operand(x, &[n, d]) } else { c.tensor(x, &[n, d]) };
+                let (mut gt, mut ut, what) =
+                    (tensor(&gate), tensor(&up), format!("glu {activation:?}, {are_operands}"));
+                let mut out = tensor(&vec![f64::NAN; n * d]);
+                c.ops.glu_forward(&mut out, &gt, &ut, activation).expect("glu_forward");
+                c.close(&what, &out, &glu(&gate, &up));
+                c.ops.glu_backward(&mut gt, &mut ut, &tensor(&dy), activation).expect("glu_backward");
+                c.close(&format!("{what}: gate"), &gt, &gradient(&gate, &dy, |g| glu(g, &up)));
+                c.close(&format!("{what}: up"), &ut, &gradient(&up, &dy, |u| glu(&gate, u)));
+            }
         }
 
         let soft = |x: &[f64]| -> Vec<f64> { x.chunks(d).flat_map(softmax).collect() };

@@ -13,7 +13,7 @@ use super::kept::Turns;
 use super::query_at;
 use crate::dots;
 #[cfg(not(target_arch = "x86_64"))]
-use crate::dots::Weight as Row;
+use crate::element::Element as Row;
 use crate::math::{add_scaled, exp, exponentials};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 

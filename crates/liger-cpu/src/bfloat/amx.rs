@@ -8,9 +8,11 @@
 //! the sums of neighbouring panels are neighbours.
 
 use std::arch::asm;
+use std::arch::x86_64::{_mm512_loadu_ps, _mm512_set1_ps};
 use std::ops::Range;
 
-use super::{Block, STEP, Work};
+use super::output::Output;
+use super::{Block, STEP, SUMS, Work};
 use crate::tiles::{self, SIDE};
 
 /// Terms of 32 rows that stay in the first cache while panels go by, also where two threads share it.
@@ -18,12 +20,16 @@ const DEPTH: usize = 320;
 
 /// # Safety
 /// The CPU must have the tiles' products of bfloat16.
-pub(super) unsafe fn multiply(work: Work<'_>) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
     let (terms, blocks) = (work.terms, work.rows.div_ceil(SIDE));
     assert!(
         terms.is_multiple_of(STEP) && (blocks == 0 || work.a.len() >= SIDE * ((blocks - 1) * work.stride + terms / 2))
     );
     let mut apart = [0.0f32; 2 * SIDE * SIDE];
+    // Sums of 32 rows until all terms are there, where outputs are narrower.
+    let (mut strip, strip_width) = (SUMS.take(), work.count.next_multiple_of(SIDE));
+    strip.reserve::<f32>(2 * SIDE * strip_width);
     // Terms are cut evenly.
     let depth = terms.div_ceil(terms.div_ceil(DEPTH).max(1)).next_multiple_of(STEP);
     // Tiles 0 and 1 are sums, 2 rows, 3 outputs.
@@ -34,9 +40,14 @@ pub(super) unsafe fn multiply(work: Work<'_>) {
         for from in (0..terms).step_by(depth) {
             let terms = from..terms.min(from + depth);
             for p in (Work { accumulate: work.accumulate || from > 0, ..work }).panels() {
+                let Some(out) = C::as_sums(p.outputs_from(rows.clone())) else {
+                    let to = strip.as_mut_slice::<f32>()[p.first - work.first..].as_mut_ptr();
+                    // SAFETY: as this function's; the strip has place for all outputs of 32 rows.
+                    unsafe { sums(&p, rows.clone(), terms.clone(), (to, strip_width), from > 0) };
+                    continue;
+                };
                 // Sums of whole tiles go straight to where they belong.
                 if p.scale == 1.0 && p.count == SIDE && rows.len() == 2 * SIDE {
-                    let out = p.outputs_from(rows.clone());
                     // SAFETY: as this function's; the tiles write the panel's outputs of these rows.
                     unsafe { sums(&p, rows.clone(), terms.clone(), (out, p.width), p.accumulate) };
                 } else {
@@ -46,7 +57,21 @@ pub(super) unsafe fn multiply(work: Work<'_>) {
                 }
             }
         }
+        if C::as_sums(std::ptr::null_mut()).is_none() {
+            for p in work.panels() {
+                let (out, first) = (p.outputs_from(rows.clone()), p.first - work.first);
+                let (mask, scale) = (u16::MAX >> (SIDE - p.count), _mm512_set1_ps(p.scale));
+                for (r, sums) in strip.as_slice::<f32>().chunks_exact(strip_width).take(rows.len()).enumerate() {
+                    // SAFETY: the panel's outputs of one of these rows; a strip's rows are as long as whole panels.
+                    unsafe {
+                        let sums = _mm512_loadu_ps(sums[first..first + SIDE].as_ptr());
+                        C::store(out.add(r * p.width), mask, scale, sums, p.accumulate);
+                    }
+                }
+            }
+        }
     }
+    SUMS.set(strip);
     // SAFETY: as above.
     unsafe { tiles::release() };
 }
@@ -56,8 +81,8 @@ pub(super) unsafe fn multiply(work: Work<'_>) {
 ///
 /// # Safety
 /// The tiles must be configured; `p` must hold the tiles of these rows and terms, and `c` have place for two tiles.
-unsafe fn sums(
-    p: &Block<'_>,
+unsafe fn sums<C: Output>(
+    p: &Block<'_, C>,
     rows: Range<usize>,
     terms: Range<usize>,
     (c, c_width): (*mut f32, usize),

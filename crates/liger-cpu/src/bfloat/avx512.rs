@@ -5,13 +5,13 @@
 #![allow(clippy::needless_range_loop)]
 
 use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_si512, _mm512_maskz_loadu_ps, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
 };
 
 use std::ops::Range;
 
-use super::{Block, STEP, Work};
+use super::output::Output;
+use super::{Block, Work};
 use crate::prefetch::prefetch;
 
 /// Floats of a register.
@@ -28,42 +28,43 @@ pub(super) fn panel(outputs: usize) -> usize {
     if 30 * outputs.next_multiple_of(wide) > 31 * outputs.next_multiple_of(narrow) { narrow } else { wide }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-pub(super) fn multiply(work: Work<'_>) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) fn multiply<C: Output>(work: Work<'_, C>) {
     // A multiple of the rows of both tiles.
     let stretch = (CACHED / (2 * work.terms)).next_multiple_of(SUMS);
     for row in (0..work.rows).step_by(stretch) {
         let rows = row..work.rows.min(row + stretch);
         for panel in work.panels() {
             match work.panel / LANES {
-                2 => block::<2>(&panel, rows.clone()),
-                _ => block::<3>(&panel, rows.clone()),
+                2 => block::<C, 2>(&panel, rows.clone()),
+                _ => block::<C, 3>(&panel, rows.clone()),
             }
         }
     }
 }
 
 /// A panel of V registers.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-fn block<const V: usize>(p: &Block<'_>, rows: Range<usize>) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn block<C: Output, const V: usize>(p: &Block<'_, C>, rows: Range<usize>) {
     let mut row = rows.start;
     while row < rows.end {
         // What is left is cut evenly: 13 rows are tiles of 7 and 6.
         let left = rows.end - row;
         let count = left.div_ceil(left.div_ceil(SUMS / V));
         match count {
-            1 => tile::<1, V>(p, row),
-            2 => tile::<2, V>(p, row),
-            3 => tile::<3, V>(p, row),
-            4 => tile::<4, V>(p, row),
-            5 => tile::<5, V>(p, row),
-            6 => tile::<6, V>(p, row),
-            7 => tile::<7, V>(p, row),
-            8 => tile::<8, V>(p, row),
-            9 => tile::<9, 2>(p, row),
-            10 => tile::<10, 2>(p, row),
-            11 => tile::<11, 2>(p, row),
-            _ => tile::<12, 2>(p, row),
+            1 => tile::<C, 1, V>(p, row),
+            2 => tile::<C, 2, V>(p, row),
+            3 => tile::<C, 3, V>(p, row),
+            4 => tile::<C, 4, V>(p, row),
+            5 => tile::<C, 5, V>(p, row),
+            6 => tile::<C, 6, V>(p, row),
+            7 => tile::<C, 7, V>(p, row),
+            8 => tile::<C, 8, V>(p, row),
+            9 if V == 2 => tile::<C, 9, 2>(p, row),
+            10 if V == 2 => tile::<C, 10, 2>(p, row),
+            11 if V == 2 => tile::<C, 11, 2>(p, row),
+            _ if V == 2 => tile::<C, 12, 2>(p, row),
+            _ => unreachable!("more rows than a tile has"),
         }
         row += count;
     }
@@ -76,9 +77,9 @@ fn numbers(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-fn tile<const R: usize, const V: usize>(p: &Block<'_>, row: usize) {
+fn tile<C: Output, const R: usize, const V: usize>(p: &Block<'_, C>, row: usize) {
     let (pairs, panel) = (p.terms / 2, V * LANES);
     assert!(
         p.panel == panel && p.b.len() >= pairs * panel && p.a.len() >= (row + R - 1) * p.stride + pairs,
@@ -91,12 +92,14 @@ fn tile<const R: usize, const V: usize>(p: &Block<'_>, row: usize) {
         a[r] = unsafe { p.a.as_ptr().add((row + r) * p.stride) };
     }
     let mut sums = [[_mm512_setzero_ps(); V]; R];
-    for step in 0..pairs / (STEP / 2) {
-        // Where the sums go has mostly left the caches; a row at a time, so that other loads do not wait.
-        if step < R {
-            prefetch(out.wrapping_add(step * p.width), panel);
-        }
-        for pair in step * (STEP / 2)..(step + 1) * (STEP / 2) {
+    // Where the sums go has mostly left the caches: it is asked for in the first half, a row at a time, so that other loads do not wait.
+    let piece = pairs.div_ceil(2 * R);
+    let (mut pair, mut asked) = (0, 0);
+    while pair < pairs {
+        let end = if asked < R { pairs.min(pair + piece) } else { pairs };
+        prefetch(out.wrapping_add(asked * p.width), panel);
+        asked += 1;
+        while pair < end {
             let mut b = [numbers(_mm512_set1_epi32(0)); V];
             for v in 0..V {
                 // SAFETY: a panel has that many pairs for each two terms.
@@ -109,29 +112,16 @@ fn tile<const R: usize, const V: usize>(p: &Block<'_>, row: usize) {
                     sums[r][v] = _mm512_dpbf16_ps(sums[r][v], terms, b[v]);
                 }
             }
+            pair += 1;
         }
     }
-    // The last panel may have fewer outputs.
-    if p.count < panel {
+    // Of the last panel some outputs may not be there. With a check of each row the loop stays a loop, and the sums go through memory.
+    let (scale, is_whole) = (_mm512_set1_ps(p.scale), p.count == panel);
+    for v in 0..V {
+        let mask = if is_whole { u16::MAX } else { (((1u64 << p.count) - 1) >> (v * LANES)) as u16 };
         for r in 0..R {
-            let mut row_sums = [0.0f32; SUMS / 8 * LANES];
-            for v in 0..V {
-                // SAFETY: 16 floats of 48, no alignment needed.
-                unsafe { _mm512_storeu_ps(row_sums.as_mut_ptr().add(v * LANES), sums[r][v]) };
-            }
-            p.store(row + r, &row_sums);
-        }
-        return;
-    }
-    // With a check of each row the loop stays a loop, and the sums go through memory.
-    let (scale, keep) = (_mm512_set1_ps(p.scale), if p.accumulate { u16::MAX } else { 0 });
-    for r in 0..R {
-        for v in 0..V {
-            // SAFETY: the whole panel's outputs of one of these rows; a task has panels of its own.
-            unsafe {
-                let at = out.add(r * p.width + v * LANES);
-                _mm512_storeu_ps(at, _mm512_fmadd_ps(scale, sums[r][v], _mm512_maskz_loadu_ps(keep, at)));
-            }
+            // SAFETY: the panel's outputs of one of these rows; a task has panels of its own.
+            unsafe { C::store(out.add(r * p.width + v * LANES), mask, scale, sums[r][v], p.accumulate) };
         }
     }
 }

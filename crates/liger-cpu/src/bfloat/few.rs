@@ -5,18 +5,17 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m128, __m512, __m512bh, __m512i, _mm_fmadd_ps, _mm_mask_storeu_ps, _mm_maskz_loadu_ps, _mm_set1_ps,
-    _mm512_add_ps, _mm512_castps512_ps128, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_si512,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512,
-    _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_loadu_si512,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
+    _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
 use half::bf16;
 
-use super::pack::{Layout, Pair, ROWS, pack, transposed};
-use super::{Kernel, ROUNDED, STEP};
-use crate::gemm::rows;
+use super::output::Output;
+use super::pack::{Layout, Pair, Source, transposed};
+use super::{Kernel, ROUNDED, STEP, packed_rows};
 use crate::parallel::{Disjoint, for_tasks, threads};
 use crate::prefetch::prefetch;
 use crate::tiles::{self, SIDE};
@@ -32,31 +31,31 @@ pub(crate) fn takes((m, n, k): (usize, usize, usize)) -> bool {
     m <= MOST && n >= GROUP && k.is_multiple_of(STEP)
 }
 
-struct Few<'a> {
+struct Few<'a, C> {
     /// Rounded, `[rows, terms]` or for the matrix units `[rows / 16, terms / 2, 16, 2]`.
     a: &'a [Pair],
     rows: usize,
     /// `[outputs, terms]`.
     w: &'a [bf16],
     terms: usize,
-    c: &'a Disjoint<'a>,
+    c: &'a Disjoint<'a, C>,
     /// Outputs of a row of `c`.
     width: usize,
     scale: f32,
     accumulate: bool,
 }
 
-impl Few<'_> {
+impl<C> Few<'_, C> {
     fn weights(&self, output: usize, term: usize) -> *const bf16 {
         self.w.as_ptr().wrapping_add(output * self.terms + term)
     }
 }
 
 /// `c [m, n] = scale a [m, k] w [n, k]^T (+ c)` for sizes that [`takes`] says.
-pub(crate) fn product(
+pub(crate) fn product<C: Output, A: Source>(
     kernel: Kernel,
-    c: &mut [f32],
-    a: &[f32],
+    c: &mut [C],
+    a: &[A],
     w: &[bf16],
     (m, n, k): (usize, usize, usize),
     scale: f32,
@@ -69,18 +68,7 @@ pub(crate) fn product(
         Kernel::Avx512Bf16 => Layout::Rows { together: 1 },
     };
     let mut rounded = ROUNDED.take();
-    let block_len = ROWS * k / 2;
-    let len = m.div_ceil(ROWS) * block_len;
-    rounded.reserve::<Pair>(len);
-    let all = Disjoint::new(&mut rounded.as_mut_slice::<Pair>()[..len]);
-    for_tasks(m.div_ceil(ROWS), |block| {
-        // SAFETY: tasks have distinct blocks, and `available` found the instructions.
-        unsafe {
-            let to = all.slice(block * block_len, block_len);
-            pack(to, layout, rows(a, k), block * ROWS..m.min((block + 1) * ROWS), 0..k);
-        }
-    });
-    let (a, c) = (&rounded.as_slice::<Pair>()[..len], &Disjoint::new(c));
+    let (a, c) = (packed_rows(layout, &mut rounded, a, (m, k)), &Disjoint::new(c));
     let work = Few { a, rows: m, w, terms: k, c, width: n, scale, accumulate };
     // One piece a thread where there is little to do, for a long stretch of memory is read faster than several short ones.
     let groups = n.div_ceil(GROUP);
@@ -104,8 +92,8 @@ const AHEAD: usize = 4096;
 /// Most rows of one: with four outputs, 24 sums of 16 in registers.
 const MOST_ROWS: usize = 6;
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,fma")]
-fn by_vectors(p: &Few<'_>, outputs: Range<usize>) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn by_vectors<C: Output>(p: &Few<'_, C>, outputs: Range<usize>) {
     for group in outputs.clone().step_by(GROUP) {
         let group = group..outputs.end.min(group + GROUP);
         let mut row = 0;
@@ -115,12 +103,12 @@ fn by_vectors(p: &Few<'_>, outputs: Range<usize>) {
             let count = left.div_ceil(left.div_ceil(MOST_ROWS));
             for output in group.clone().step_by(COLUMNS) {
                 match count {
-                    1 => tile::<1>(p, row, output),
-                    2 => tile::<2>(p, row, output),
-                    3 => tile::<3>(p, row, output),
-                    4 => tile::<4>(p, row, output),
-                    5 => tile::<5>(p, row, output),
-                    _ => tile::<6>(p, row, output),
+                    1 => tile::<C, 1>(p, row, output),
+                    2 => tile::<C, 2>(p, row, output),
+                    3 => tile::<C, 3>(p, row, output),
+                    4 => tile::<C, 4>(p, row, output),
+                    5 => tile::<C, 5>(p, row, output),
+                    _ => tile::<C, 6>(p, row, output),
                 }
             }
             row += count;
@@ -129,9 +117,9 @@ fn by_vectors(p: &Few<'_>, outputs: Range<usize>) {
 }
 
 /// Sums of R rows and four outputs from `output` on.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-fn tile<const R: usize>(p: &Few<'_>, row: usize, output: usize) {
+fn tile<C: Output, const R: usize>(p: &Few<'_, C>, row: usize, output: usize) {
     // The last outputs may be fewer than four: then some before them are multiplied once more, and not stored.
     let first = output.min(p.width - COLUMNS);
     assert!(p.a.len() >= (row + R) * p.terms / 2 && p.w.len() >= (first + COLUMNS) * p.terms, "rows of a tile");
@@ -161,16 +149,12 @@ fn tile<const R: usize>(p: &Few<'_>, row: usize, output: usize) {
             }
         }
     }
-    let (keep, scale) = (if p.accumulate { u8::MAX } else { 0 }, _mm_set1_ps(p.scale));
     // Not stored: what another task may be writing.
-    let mask = u8::MAX << (output - first);
+    let mask = 0b1111 & 0b1111 << (output - first);
     for r in 0..R {
+        let out = p.c.pointer((row + r) * p.width + first, COLUMNS);
         // SAFETY: four outputs of this row, of which the mask names those of this task.
-        unsafe {
-            let out = p.c.pointer((row + r) * p.width + first, COLUMNS);
-            let old = _mm_maskz_loadu_ps(keep & mask, out);
-            _mm_mask_storeu_ps(out, mask, _mm_fmadd_ps(scale, totals(sums[r]), old));
-        }
+        unsafe { C::store(out, mask, _mm512_set1_ps(p.scale), totals(sums[r]), p.accumulate) };
     }
 }
 
@@ -181,25 +165,24 @@ fn numbers(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
-/// The sum of all elements of each of four registers.
+/// The sum of all elements of each of four registers, in the first four of one.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn totals([a, b, c, d]: [__m512; COLUMNS]) -> __m128 {
+fn totals([a, b, c, d]: [__m512; COLUMNS]) -> __m512 {
     // In each quarter: a b a b and c d c d, then a b c d.
     let ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     let cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
     let all = _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(ab, cd), _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd));
     let halves = _mm512_add_ps(all, _mm512_shuffle_f32x4::<0b01_00_11_10>(all, all));
-    let quarters = _mm512_add_ps(halves, _mm512_shuffle_f32x4::<0b10_11_00_01>(halves, halves));
-    _mm512_castps512_ps128(quarters)
+    _mm512_add_ps(halves, _mm512_shuffle_f32x4::<0b10_11_00_01>(halves, halves))
 }
 
 /// 16 outputs times 16 rows at once: a tile of weights is rows of them as they lie in memory.
 ///
 /// # Safety
 /// The CPU must have the tiles' products of bfloat16.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn by_tiles(p: &Few<'_>, outputs: Range<usize>) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn by_tiles<C: Output>(p: &Few<'_, C>, outputs: Range<usize>) {
     let panel = SIDE * p.terms / 2;
     assert!(p.a.len() >= p.rows.div_ceil(SIDE) * panel && p.w.len() >= p.width * p.terms, "rows of a tile");
     // Tiles 0 and 1 are sums, 2 outputs, 3 rows.
@@ -226,7 +209,7 @@ unsafe fn by_tiles(p: &Few<'_>, outputs: Range<usize>) {
 ///
 /// # Safety
 /// As [`by_tiles`], with the tiles configured; the outputs and the first 16 rows must be there.
-unsafe fn products(p: &Few<'_>, sums: &mut [f32; 2 * SIDE * SIDE], row: usize, output: usize, asks_ahead: bool) {
+unsafe fn products<C>(p: &Few<'_, C>, sums: &mut [f32; 2 * SIDE * SIDE], row: usize, output: usize, asks_ahead: bool) {
     let panel = SIDE * p.terms / 2;
     let second = if row + SIDE < p.rows { panel } else { 0 };
     let a = p.a.as_ptr().wrapping_add(row / SIDE * panel);
@@ -265,24 +248,19 @@ unsafe fn products(p: &Few<'_>, sums: &mut [f32; 2 * SIDE * SIDE], row: usize, o
 }
 
 /// Stores `sums [16 outputs, 16 rows]`, but not the first outputs, which another task may be writing.
-#[target_feature(enable = "avx512f,avx512bw")]
-fn store_turned(p: &Few<'_>, sums: &[f32], rows: Range<usize>, first: usize, not_stored: usize) {
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn store_turned<C: Output>(p: &Few<'_, C>, sums: &[f32], rows: Range<usize>, first: usize, not_stored: usize) {
     let mut turned = [_mm512_setzero_si512(); SIDE];
     for (sums, turned) in sums.chunks_exact(SIDE).zip(&mut turned) {
         // SAFETY: 16 floats, no alignment needed.
         *turned = unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) };
     }
     let turned = transposed(turned);
-    let mask = u16::MAX << not_stored;
-    let keep = if p.accumulate { mask } else { 0 };
+    let (mask, scale) = (u16::MAX << not_stored, _mm512_set1_ps(p.scale));
     for (row, sums) in rows.zip(turned) {
+        let out = p.c.pointer(row * p.width + first, SIDE);
         // SAFETY: 16 outputs of a row, of which the mask names those of this task.
-        unsafe {
-            let out = p.c.pointer(row * p.width + first, SIDE);
-            let old = _mm512_maskz_loadu_ps(keep, out);
-            let new = _mm512_fmadd_ps(_mm512_set1_ps(p.scale), _mm512_castsi512_ps(sums), old);
-            _mm512_mask_storeu_ps(out, mask, new);
-        }
+        unsafe { C::store(out, mask, scale, _mm512_castsi512_ps(sums), p.accumulate) };
     }
 }
 

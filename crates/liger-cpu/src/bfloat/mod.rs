@@ -3,11 +3,12 @@
 //!
 //! But for few rows the weights are cut into panels of 16, 32 or 48 outputs. A task packs some panels, some terms of the sum at a time, into memory that
 //! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing
-//! costs as much as one or two rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
+//! costs as much as a few rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
 
 mod amx;
 mod avx512;
 pub(crate) mod few;
+mod output;
 pub(crate) mod pack;
 
 use std::cell::Cell;
@@ -15,6 +16,8 @@ use std::ops::Range;
 
 use liger_tensor::Lines;
 
+pub(crate) use self::output::Output;
+pub(crate) use self::pack::Source;
 use self::pack::{Blocks, Layout, Pair, ROWS, pack};
 use crate::gemm::{Matrix, rows};
 use crate::parallel::{Disjoint, for_tasks, threads};
@@ -87,7 +90,7 @@ pub(crate) fn best() -> Option<Kernel> {
 
 /// What a kernel adds up: `c [m, count] (+)= scale a [m, terms] b [terms, count]`.
 #[derive(Clone, Copy)]
-struct Work<'a> {
+struct Work<'a, C> {
     /// Rows in the order of [`Kernel::rows_together`], from the first term on; a row has `stride` pairs in all.
     a: &'a [Pair],
     stride: usize,
@@ -97,7 +100,7 @@ struct Work<'a> {
     panel: usize,
     terms: usize,
     /// Where the outputs of the first row are, and how far apart rows are.
-    c: &'a Disjoint<'a>,
+    c: &'a Disjoint<'a, C>,
     first: usize,
     width: usize,
     count: usize,
@@ -105,9 +108,9 @@ struct Work<'a> {
     accumulate: bool,
 }
 
-impl<'a> Work<'a> {
+impl<'a, C: Output> Work<'a, C> {
     /// That of each panel.
-    fn panels(self) -> impl Iterator<Item = Block<'a>> {
+    fn panels(self) -> impl Iterator<Item = Block<'a, C>> {
         let panels = self.b.chunks_exact(self.terms / 2 * self.panel).zip((0..self.count).step_by(self.panel));
         panels.map(move |(b, first)| {
             Block(Work { b, first: self.first + first, count: self.panel.min(self.count - first), ..self })
@@ -116,42 +119,42 @@ impl<'a> Work<'a> {
 }
 
 /// Work with one panel.
-struct Block<'a>(Work<'a>);
+struct Block<'a, C>(Work<'a, C>);
 
-impl<'a> std::ops::Deref for Block<'a> {
-    type Target = Work<'a>;
+impl<'a, C> std::ops::Deref for Block<'a, C> {
+    type Target = Work<'a, C>;
 
-    fn deref(&self) -> &Work<'a> {
+    fn deref(&self) -> &Work<'a, C> {
         &self.0
     }
 }
 
-impl Block<'_> {
+impl<C: Output> Block<'_, C> {
     /// The panel's outputs of a row.
     #[allow(clippy::mut_from_ref)]
-    fn outputs(&self, row: usize) -> &mut [f32] {
+    fn outputs(&self, row: usize) -> &mut [C] {
         // SAFETY: tasks have distinct panels, and a kernel holds one row of its panel at a time.
         unsafe { self.c.slice(row * self.width + self.first, self.count) }
     }
 
     /// Where the panel's outputs of the first of some rows begin; those of the others are `width` apart, and all are there.
-    fn outputs_from(&self, rows: Range<usize>) -> *mut f32 {
+    fn outputs_from(&self, rows: Range<usize>) -> *mut C {
         self.c.pointer(rows.start * self.width + self.first, (rows.len() - 1) * self.width + self.count)
     }
 
     /// The panel's sums of a row.
     fn store(&self, row: usize, sums: &[f32]) {
         for (out, sum) in self.outputs(row).iter_mut().zip(sums) {
-            *out = self.scale * sum + if self.accumulate { *out } else { 0.0 };
+            *out = C::narrow(self.scale * sum + if self.accumulate { out.widen() } else { 0.0 });
         }
     }
 }
 
 /// `c [m, n] = scale a [m, k] b [n, k]^T (+ c)`.
-pub(crate) fn product(
+pub(crate) fn product<C: Output, A: Source>(
     kernel: Kernel,
-    c: &mut [f32],
-    a: &[f32],
+    c: &mut [C],
+    a: &[A],
     b: impl Blocks,
     (m, n, k): (usize, usize, usize),
     scale: f32,
@@ -160,18 +163,7 @@ pub(crate) fn product(
     assert!(c.len() == m * n && a.len() == m * k && b.covers(n, k), "bfloat16 product {m} x {k} x {n}");
     let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel(n));
     let mut rounded = ROUNDED.take();
-    let rounded_rows = m.next_multiple_of(ROWS);
-    rounded.reserve::<Pair>(rounded_rows * stride);
-    let all = Disjoint::new(&mut rounded.as_mut_slice::<Pair>()[..rounded_rows * stride]);
-    for_tasks(m.div_ceil(ROWS), |block| {
-        let block = block * ROWS..m.min((block + 1) * ROWS);
-        // SAFETY: tasks have distinct rows, and `available` found the instructions.
-        unsafe {
-            let to = all.slice(block.start * stride, ROWS * stride);
-            pack(to, kernel.rows_layout(), rows(a, k), block, 0..k);
-        }
-    });
-    let (a, c) = (&*rounded.as_mut_slice::<Pair>(), &Disjoint::new(c));
+    let (a, c) = (packed_rows(kernel.rows_layout(), &mut rounded, a, (m, k)), &Disjoint::new(c));
     let (depth, cached) = kernel.depth_and_cached();
     let depth = depth.min(2 * stride);
     // As many panels together as stay in the cache, if that leaves every thread some tasks.
@@ -227,6 +219,25 @@ pub(crate) fn product_alone(
     ROUNDED.set(rounded);
 }
 
+/// `a [m, k]` rounded, in this order, by all threads; itself, if it lies so.
+fn packed_rows<'a, A: Source>(layout: Layout, memory: &'a mut Lines, a: &'a [A], (m, k): (usize, usize)) -> &'a [Pair] {
+    if let (Layout::Rows { together: 1 }, true, Some(pairs)) = (layout, k.is_multiple_of(STEP), A::as_pairs(a)) {
+        return pairs;
+    }
+    let block_len = ROWS * k.next_multiple_of(STEP) / 2;
+    let len = m.div_ceil(ROWS) * block_len;
+    memory.reserve::<Pair>(len);
+    let all = Disjoint::new(&mut memory.as_mut_slice::<Pair>()[..len]);
+    for_tasks(m.div_ceil(ROWS), |block| {
+        // SAFETY: tasks have distinct blocks, and `available` found the instructions.
+        unsafe {
+            let to = all.slice(block * block_len, block_len);
+            pack(to, layout, rows(a, k), block * ROWS..m.min((block + 1) * ROWS), 0..k);
+        }
+    });
+    &memory.as_slice::<Pair>()[..len]
+}
+
 /// Panels of some outputs of `b [outputs, terms]`.
 fn packed_panels(
     panel: usize,
@@ -243,7 +254,7 @@ fn packed_panels(
     panels
 }
 
-fn multiply(kernel: Kernel, work: Work<'_>) {
+fn multiply<C: Output>(kernel: Kernel, work: Work<'_, C>) {
     match kernel {
         // SAFETY: `available` found the instructions.
         Kernel::Amx => unsafe { amx::multiply(work) },
@@ -257,6 +268,8 @@ thread_local! {
     static ROUNDED: Cell<Lines> = Cell::default();
     /// Panels of a task.
     static PACKED: Cell<Lines> = Cell::default();
+    /// Sums of some rows and a task's outputs, where those are narrower.
+    static SUMS: Cell<Lines> = Cell::default();
 }
 
 #[cfg(test)]

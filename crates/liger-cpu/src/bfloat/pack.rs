@@ -18,7 +18,7 @@ use crate::gemm::Matrix;
 pub(crate) const ROWS: usize = 16;
 
 /// Two neighbouring terms of one row.
-pub(super) type Pair = u32;
+pub(crate) type Pair = u32;
 
 /// How the 16 vectors of a block lie.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,7 +61,10 @@ impl Layout {
 }
 
 /// Numbers that are bfloat16, or rounded to it.
-pub(super) trait Source: Copy + Sync {
+pub(crate) trait Source: Copy + Sync {
+    /// The numbers as pairs of neighbours, if they are bfloat16 already.
+    fn as_pairs(data: &[Self]) -> Option<&[Pair]>;
+
     /// The neighbours that the mask names.
     ///
     /// # Safety
@@ -76,6 +79,10 @@ pub(super) trait Source: Copy + Sync {
 }
 
 impl Source for bf16 {
+    fn as_pairs(data: &[Self]) -> Option<&[Pair]> {
+        bytemuck::try_cast_slice(data).ok()
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     #[inline]
     unsafe fn terms(from: *const Self, mask: u32) -> __m512i {
@@ -93,6 +100,10 @@ impl Source for bf16 {
 }
 
 impl Source for f32 {
+    fn as_pairs(_: &[Self]) -> Option<&[Pair]> {
+        None
+    }
+
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     #[inline]
     unsafe fn terms(from: *const Self, mask: u32) -> __m512i {

@@ -13,7 +13,7 @@ use std::arch::x86_64::{
 
 use half::bf16;
 
-use crate::dots::Weight;
+use crate::element::Element;
 use crate::prefetch::prefetch;
 
 /// Elements of a row that are widened together.
@@ -31,7 +31,7 @@ pub(super) fn suits(d: usize) -> bool {
 }
 
 /// Keys or values, as they are held.
-pub(in crate::attention) trait Row: Weight {
+pub(in crate::attention) trait Row: Element {
     /// Widened elements of 32 neighbours, in the order of [`Row::ordered`].
     ///
     /// # Safety
