@@ -1,4 +1,5 @@
-"""Matrix products of PyTorch (oneDNN) on a CPU, in bfloat16 and float32: the peer of `cargo bench -p liger-benches -- gemm`.
+"""Matrix products of PyTorch (oneDNN) on a CPU, in bfloat16 and float32: the peer of
+`cargo run --release -p liger-benches --example products`.
 
     python cpu_products.py [--threads 2]
 """

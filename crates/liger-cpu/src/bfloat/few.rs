@@ -1,6 +1,7 @@
 //! Products of few rows of activations, such as a decoding step of several texts. The weights are read once, as they lie in memory:
 //! packing them would take as long as multiplying by them.
 
+// Loops of constant length over the registers of a tile are unrolled as they stand.
 #![allow(clippy::needless_range_loop)]
 
 use std::arch::asm;
