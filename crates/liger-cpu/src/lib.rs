@@ -70,8 +70,8 @@ impl Cpu {
     }
 
     /// The CPU, for bfloat16 weights: where it multiplies bfloat16, products inside attention and recurrence round their operands to it, as
-    /// those with the weights do. A cache of keys and values that grows with the text is bfloat16 too. Sums, softmax, gates and states
-    /// stay float32.
+    /// those with the weights do, and what lies between a block's products is bfloat16. So is a cache of keys and values that grows with the
+    /// text. Residuals, sums, softmax, gates and states stay float32.
     pub fn with_bfloat16() -> Self {
         Self { alone: gemm::Alone::rounded(), has_narrow_cache: true, ..Self::default() }
     }

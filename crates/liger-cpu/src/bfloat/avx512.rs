@@ -4,14 +4,12 @@
 // Loops of constant length over the registers of a tile are unrolled as they stand.
 #![allow(clippy::needless_range_loop)]
 
-use std::arch::x86_64::{
-    __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-};
+use std::arch::x86_64::{_mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps};
 
 use std::ops::Range;
 
 use super::output::Output;
-use super::{Block, Work};
+use super::{Block, Work, numbers};
 use crate::prefetch::prefetch;
 
 /// Floats of a register.
@@ -68,13 +66,6 @@ fn block<C: Output, const V: usize>(p: &Block<'_, C>, rows: Range<usize>) {
         }
         row += count;
     }
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn numbers(bits: __m512i) -> __m512bh {
-    // SAFETY: both are any 64 bytes.
-    unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]

@@ -6,9 +6,9 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_loadu_si512,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps,
-    _mm512_unpackhi_ps, _mm512_unpacklo_ps,
+    __m512, _mm512_add_ps, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_unpackhi_ps,
+    _mm512_unpacklo_ps,
 };
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use half::bf16;
 
 use super::output::Output;
 use super::pack::{Layout, Pair, Source, transposed};
-use super::{Kernel, ROUNDED, STEP, packed_rows};
+use super::{Kernel, ROUNDED, STEP, numbers, packed_rows};
 use crate::parallel::{Disjoint, for_tasks, threads};
 use crate::prefetch::prefetch;
 use crate::tiles::{self, SIDE};
@@ -157,13 +157,6 @@ fn tile<C: Output, const R: usize>(p: &Few<'_, C>, row: usize, output: usize) {
         // SAFETY: four outputs of this row, of which the mask names those of this task.
         unsafe { C::store(out, mask, _mm512_set1_ps(p.scale), totals(sums[r]), p.accumulate) };
     }
-}
-
-#[target_feature(enable = "avx512f")]
-#[inline]
-fn numbers(bits: __m512i) -> __m512bh {
-    // SAFETY: both are any 64 bytes.
-    unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
 /// The sum of all elements of each of four registers, in the first four of one.

@@ -11,6 +11,7 @@ pub(crate) mod few;
 mod output;
 pub(crate) mod pack;
 
+use std::arch::x86_64::{__m512bh, __m512i};
 use std::cell::Cell;
 use std::ops::Range;
 
@@ -252,6 +253,14 @@ fn packed_panels(
     // SAFETY: `available` found the instructions.
     unsafe { pack(panels, Layout::Panels { width: panel }, b, outputs, terms) };
     panels
+}
+
+/// A register as the instructions take it.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn numbers(bits: __m512i) -> __m512bh {
+    // SAFETY: both are any 64 bytes.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
 fn multiply<C: Output>(kernel: Kernel, work: Work<'_, C>) {
