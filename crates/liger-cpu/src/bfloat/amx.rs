@@ -27,9 +27,13 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
         terms.is_multiple_of(STEP) && (blocks == 0 || work.a.len() >= SIDE * ((blocks - 1) * work.stride + terms / 2))
     );
     let mut apart = [0.0f32; 2 * SIDE * SIDE];
-    // Sums of 32 rows until all terms are there, where outputs are narrower.
+    // Each stretch of terms goes through the sums again: where there are many, or outputs are narrower, sums of 32 rows are added up
+    // in a strip that stays near.
+    let in_place = terms <= 2 * DEPTH && C::as_sums(std::ptr::null_mut()).is_some();
     let (mut strip, strip_width) = (SUMS.take(), work.count.next_multiple_of(SIDE));
-    strip.reserve::<f32>(2 * SIDE * strip_width);
+    if !in_place {
+        strip.reserve::<f32>(2 * SIDE * strip_width);
+    }
     // Terms are cut evenly.
     let depth = terms.div_ceil(terms.div_ceil(DEPTH).max(1)).next_multiple_of(STEP);
     // Tiles 0 and 1 are sums, 2 rows, 3 outputs.
@@ -40,7 +44,7 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
         for from in (0..terms).step_by(depth) {
             let terms = from..terms.min(from + depth);
             for p in (Work { accumulate: work.accumulate || from > 0, ..work }).panels() {
-                let Some(out) = C::as_sums(p.outputs_from(rows.clone())) else {
+                let Some(out) = C::as_sums(p.outputs_from(rows.clone())).filter(|_| in_place) else {
                     let to = strip.as_mut_slice::<f32>()[p.first - work.first..].as_mut_ptr();
                     // SAFETY: as this function's; the strip has place for all outputs of 32 rows.
                     unsafe { sums(&p, rows.clone(), terms.clone(), (to, strip_width), from > 0) };
@@ -57,7 +61,7 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
                 }
             }
         }
-        if C::as_sums(std::ptr::null_mut()).is_none() {
+        if !in_place {
             for p in work.panels() {
                 let (out, first) = (p.outputs_from(rows.clone()), p.first - work.first);
                 let (mask, scale) = (u16::MAX >> (SIDE - p.count), _mm512_set1_ps(p.scale));
