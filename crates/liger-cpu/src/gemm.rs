@@ -136,7 +136,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
     }
     #[cfg(target_arch = "x86_64")]
     if let (Storage::Bf16(b), false, Some(kernel)) = (b.storage(), how.transpose_a, bfloat::best()) {
-        let product = Narrow { kernel, b, sizes: (m, n, k), how };
+        let product = Bfloat16Product { kernel, b, sizes: (m, n, k), how };
         let is_done = match (a.storage(), c.dtype()) {
             (Storage::Bf16(a), DType::Bf16) => product.run(c.as_bf16_mut()?, a),
             (Storage::Bf16(a), _) => product.run(c.as_f32_mut()?, a),
@@ -196,7 +196,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
 
 /// A product with bfloat16 weights on a CPU that multiplies bfloat16.
 #[cfg(target_arch = "x86_64")]
-struct Narrow<'a> {
+struct Bfloat16Product<'a> {
     kernel: bfloat::Kernel,
     b: &'a [bf16],
     sizes: (usize, usize, usize),
@@ -204,7 +204,7 @@ struct Narrow<'a> {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Narrow<'_> {
+impl Bfloat16Product<'_> {
     /// Whether there is such a product for these sizes, and it was done.
     fn run<C: bfloat::Output, A: bfloat::Source>(&self, c: &mut [C], a: &[A]) -> bool {
         let Self { kernel, b, sizes: (m, n, k), how } = *self;
@@ -223,11 +223,12 @@ impl Narrow<'_> {
 /// Operands in bfloat16 where no product takes such: by way of float32.
 fn by_widening(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
     let wide = |t: &Tensor| -> Result<Tensor> {
-        let data = match t.storage() {
-            Storage::Bf16(data) => data.iter().map(|x| x.widen()).collect(),
-            _ => t.as_f32()?.to_vec(),
-        };
-        Ok(Tensor::host(t.shape(), Storage::F32(Buffer::Owned(data))))
+        let mut wide = Vec::new();
+        match t.storage() {
+            Storage::Bf16(data) => _ = bf16::widened(data, &mut wide),
+            _ => wide.extend_from_slice(t.as_f32()?),
+        }
+        Ok(Tensor::host(t.shape(), Storage::F32(Buffer::Owned(wide))))
     };
     let mut sums = wide(c)?;
     gemm(&mut sums, &wide(a)?, b, how)?;

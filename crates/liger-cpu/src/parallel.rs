@@ -42,6 +42,12 @@ fn rows_per_task(rows: usize, width: usize) -> usize {
     rows.div_ceil(4 * threads()).max(enough)
 }
 
+/// Pieces of a product of so many multiplications with weights that are read once: one a thread, for a long stretch of memory is read
+/// faster than several short ones; where there is much to do, several, for threads are not equally fast.
+pub(crate) fn pieces(work: usize) -> usize {
+    (work >> 18).clamp(threads(), 4 * threads()) / threads() * threads()
+}
+
 /// Calls `f(first row, rows)` for pieces of `data`, a matrix of rows of `width`.
 pub(crate) fn for_rows<T: Send>(data: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
     let rows = rows_per_task(data.len() / width.max(1), width);

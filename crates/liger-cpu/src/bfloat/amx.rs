@@ -12,7 +12,7 @@ use std::arch::x86_64::{_mm512_loadu_ps, _mm512_set1_ps};
 use std::ops::Range;
 
 use super::output::Output;
-use super::{Block, STEP, SUMS, Work};
+use super::{Block, STEP, STRIP, Work};
 use crate::tiles::{self, SIDE};
 
 /// Terms of 32 rows that stay in the first cache while panels go by, also where two threads share it.
@@ -30,7 +30,7 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
     // Each stretch of terms goes through the sums again: where there are many, or outputs are narrower, sums of 32 rows are added up
     // in a strip that stays near.
     let in_place = terms <= 2 * DEPTH && C::as_sums(std::ptr::null_mut()).is_some();
-    let (mut strip, strip_width) = (SUMS.take(), work.count.next_multiple_of(SIDE));
+    let (mut strip, strip_width) = (STRIP.take(), work.count.next_multiple_of(SIDE));
     if !in_place {
         strip.reserve::<f32>(2 * SIDE * strip_width);
     }
@@ -75,7 +75,7 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
             }
         }
     }
-    SUMS.set(strip);
+    STRIP.set(strip);
     // SAFETY: as above.
     unsafe { tiles::release() };
 }

@@ -9,7 +9,7 @@ use std::arch::x86_64::{_mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32,
 use std::ops::Range;
 
 use super::output::Output;
-use super::{Block, Work, numbers};
+use super::{Block, Work, as_bfloat16};
 use crate::prefetch::prefetch;
 
 /// Floats of a register.
@@ -91,14 +91,14 @@ fn tile<C: Output, const R: usize, const V: usize>(p: &Block<'_, C>, row: usize)
         prefetch(out.wrapping_add(asked * p.width), panel);
         asked += 1;
         while pair < end {
-            let mut b = [numbers(_mm512_set1_epi32(0)); V];
+            let mut b = [as_bfloat16(_mm512_set1_epi32(0)); V];
             for v in 0..V {
                 // SAFETY: a panel has that many pairs for each two terms.
-                b[v] = numbers(unsafe { _mm512_loadu_si512(p.b.as_ptr().add(pair * panel + v * LANES).cast()) });
+                b[v] = as_bfloat16(unsafe { _mm512_loadu_si512(p.b.as_ptr().add(pair * panel + v * LANES).cast()) });
             }
             for r in 0..R {
                 // SAFETY: two terms of a row that was asserted to have them.
-                let terms = numbers(_mm512_set1_epi32(unsafe { a[r].add(pair).read() } as i32));
+                let terms = as_bfloat16(_mm512_set1_epi32(unsafe { a[r].add(pair).read() } as i32));
                 for v in 0..V {
                     sums[r][v] = _mm512_dpbf16_ps(sums[r][v], terms, b[v]);
                 }

@@ -16,8 +16,8 @@ use half::bf16;
 
 use super::output::Output;
 use super::pack::{Layout, Pair, Source, transposed};
-use super::{Kernel, ROUNDED, STEP, numbers, packed_rows};
-use crate::parallel::{Disjoint, for_tasks, threads};
+use super::{Kernel, ROUNDED, STEP, as_bfloat16, packed_rows};
+use crate::parallel::{Disjoint, for_tasks, pieces};
 use crate::prefetch::prefetch;
 use crate::tiles::{self, SIDE};
 
@@ -71,9 +71,7 @@ pub(crate) fn product<C: Output, A: Source>(
     let mut rounded = ROUNDED.take();
     let (a, c) = (packed_rows(layout, &mut rounded, a, (m, k)), &Disjoint::new(c));
     let work = Few { a, rows: m, w, terms: k, c, width: n, scale, accumulate };
-    // One piece a thread where there is little to do, for a long stretch of memory is read faster than several short ones.
-    let groups = n.div_ceil(GROUP);
-    let pieces = ((m * n * k) >> 18).clamp(threads(), 4 * threads()) / threads() * threads();
+    let (groups, pieces) = (n.div_ceil(GROUP), pieces(m * n * k));
     for_tasks(pieces, |piece| {
         let outputs = groups * piece / pieces * GROUP..n.min(groups * (piece + 1) / pieces * GROUP);
         match kernel {
@@ -137,14 +135,14 @@ fn tile<C: Output, const R: usize>(p: &Few<'_, C>, row: usize, output: usize) {
         if row == 0 {
             prefetch(p.weights(first, COLUMNS * term + AHEAD), COLUMNS * STEP);
         }
-        let mut b = [numbers(_mm512_setzero_si512()); COLUMNS];
+        let mut b = [as_bfloat16(_mm512_setzero_si512()); COLUMNS];
         for column in 0..COLUMNS {
             // SAFETY: the terms of an output that was asserted to be there.
-            b[column] = numbers(unsafe { _mm512_loadu_si512(w[column].add(term).cast()) });
+            b[column] = as_bfloat16(unsafe { _mm512_loadu_si512(w[column].add(term).cast()) });
         }
         for r in 0..R {
             // SAFETY: likewise, of a row.
-            let a = numbers(unsafe { _mm512_loadu_si512(a[r].add(term / 2).cast()) });
+            let a = as_bfloat16(unsafe { _mm512_loadu_si512(a[r].add(term / 2).cast()) });
             for column in 0..COLUMNS {
                 sums[r][column] = _mm512_dpbf16_ps(sums[r][column], a, b[column]);
             }

@@ -258,7 +258,7 @@ fn packed_panels(
 /// A register as the instructions take it.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn numbers(bits: __m512i) -> __m512bh {
+fn as_bfloat16(bits: __m512i) -> __m512bh {
     // SAFETY: both are any 64 bytes.
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
@@ -277,8 +277,8 @@ thread_local! {
     static ROUNDED: Cell<Lines> = Cell::default();
     /// Panels of a task.
     static PACKED: Cell<Lines> = Cell::default();
-    /// Sums of some rows and a task's outputs, where those are narrower.
-    static SUMS: Cell<Lines> = Cell::default();
+    /// Sums of some rows and a task's outputs, where they are not added up in place.
+    static STRIP: Cell<Lines> = Cell::default();
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use liger_tensor::{DType, DeviceMemory};
 
 #[cfg(target_arch = "x86_64")]
 use crate::bfloat;
-use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
+use crate::parallel::{Disjoint, for_tasks, pieces, vectorized};
 
 /// Outputs (rows of the matrix) that lie together.
 const LANES: usize = 16;
@@ -268,10 +268,7 @@ pub(crate) fn product(c: &mut [f32], x: &[f32], w: &Quantized, m: usize, scale: 
     let x = &Rounded::new(x, kernel.takes_bytes());
     let c = &Disjoint::new(c);
     let groups = n.div_ceil(LANES);
-    // One piece a thread, for a long stretch of memory is read faster than several short ones; where there is much to do, several,
-    // for threads are not equally fast.
-    let pieces = ((m * n * k) >> 18).clamp(threads(), 4 * threads()) / threads() * threads();
-    let piece = groups.div_ceil(pieces);
+    let piece = groups.div_ceil(pieces(m * n * k));
     for_tasks(groups.div_ceil(piece), |i| {
         let groups = i * piece..groups.min((i + 1) * piece);
         for first in (0..m).step_by(ROW_BLOCK) {
