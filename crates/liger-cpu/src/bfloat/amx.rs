@@ -22,15 +22,19 @@ const DEPTH: usize = 320;
 /// The CPU must have the tiles' products of bfloat16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
-    let (terms, blocks) = (work.terms, work.rows.div_ceil(SIDE));
+    let (terms, together) = (work.terms, work.rows_together);
+    let groups = work.rows.div_ceil(together);
     assert!(
-        terms.is_multiple_of(STEP) && (blocks == 0 || work.a.len() >= SIDE * ((blocks - 1) * work.stride + terms / 2))
+        terms.is_multiple_of(STEP)
+            && (together == SIDE || work.rows.is_multiple_of(SIDE))
+            && (groups == 0 || work.a.len() >= together * ((groups - 1) * work.stride + terms / 2))
     );
     let mut apart = [0.0f32; 2 * SIDE * SIDE];
     // Each stretch of terms goes through the sums again: where there are many, or outputs are narrower, sums of 32 rows are added up
     // in a strip that stays near.
     let in_place = terms <= 2 * DEPTH && C::as_sums(std::ptr::null_mut()).is_some();
-    let (mut strip, strip_width) = (STRIP.take(), work.count.next_multiple_of(SIDE));
+    // Rows of the strip are an odd number of lines apart, so that those of a tile find a place each in the first cache.
+    let (mut strip, strip_width) = (STRIP.take(), (work.count.div_ceil(SIDE) | 1) * SIDE);
     if !in_place {
         strip.reserve::<f32>(2 * SIDE * strip_width);
     }
@@ -62,22 +66,27 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
             }
         }
         if !in_place {
-            for p in work.panels() {
-                let (out, first) = (p.outputs_from(rows.clone()), p.first - work.first);
-                let (mask, scale) = (u16::MAX >> (SIDE - p.count), _mm512_set1_ps(p.scale));
-                for (r, sums) in strip.as_slice::<f32>().chunks_exact(strip_width).take(rows.len()).enumerate() {
-                    // SAFETY: the panel's outputs of one of these rows; a strip's rows are as long as whole panels.
-                    unsafe {
-                        let sums = _mm512_loadu_ps(sums[first..first + SIDE].as_ptr());
-                        C::store(out.add(r * p.width), mask, scale, sums, p.accumulate);
-                    }
-                }
+            for (row, sums) in rows.zip(strip.as_slice::<f32>().chunks_exact(strip_width)) {
+                // SAFETY: as this function's.
+                unsafe { write(&work, row, sums) };
             }
         }
     }
     STRIP.set(strip);
     // SAFETY: as above.
     unsafe { tiles::release() };
+}
+
+/// The outputs of a row from its sums, which are there up to a multiple of 16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn write<C: Output>(work: &Work<'_, C>, row: usize, sums: &[f32]) {
+    let out = work.c.pointer(row * work.width + work.first, work.count);
+    let scale = _mm512_set1_ps(work.scale);
+    for (at, sums) in (0..work.count).step_by(SIDE).zip(sums.chunks_exact(SIDE)) {
+        let mask = u16::MAX >> SIDE.saturating_sub(work.count - at);
+        // SAFETY: the task's outputs of a row, of which the mask names those that are there.
+        unsafe { C::store(out.add(at), mask, scale, _mm512_loadu_ps(sums.as_ptr()), work.accumulate) };
+    }
 }
 
 /// Sums `[32, 16]` of two tiles of rows, to `c` with rows so many floats apart, or added to what is there. Rows behind `rows` are
@@ -94,7 +103,9 @@ unsafe fn sums<C: Output>(
 ) {
     // Where there is no second tile of rows, it is the first one again.
     let second = if rows.len() > SIDE { SIDE } else { 0 };
-    let a = p.a[rows.start * p.stride + terms.start / 2 * SIDE..].as_ptr();
+    let a = p.a[rows.start * p.stride + terms.start / 2 * p.rows_together..].as_ptr();
+    // Bytes from a row of a tile to the next, and from a tile to that of the next terms.
+    let (a_line, a_step) = if p.rows_together == 1 { (4 * p.stride, 2 * STEP) } else { (64, 2 * STEP * SIDE) };
     // SAFETY: the caller's promises.
     unsafe {
         asm!(
@@ -106,11 +117,11 @@ unsafe fn sums<C: Output>(
             "tileloadd tmm1, [{c2} + {c_stride}*1]",
             "2:",
             "tileloadd tmm3, [{b} + {line}*1]",
-            "tileloadd tmm2, [{a} + {line}*1]",
+            "tileloadd tmm2, [{a} + {a_line}*1]",
             "tdpbf16ps tmm0, tmm2, tmm3",
-            "tileloadd tmm2, [{a2} + {line}*1]",
+            "tileloadd tmm2, [{a2} + {a_line}*1]",
             "tdpbf16ps tmm1, tmm2, tmm3",
-            "add {a}, 1024", "add {a2}, 1024", "add {b}, 1024",
+            "add {a}, {a_step}", "add {a2}, {a_step}", "add {b}, 1024",
             "dec {steps}", "jnz 2b",
             "tilestored [{c} + {c_stride}*1], tmm0",
             "tilestored [{c2} + {c_stride}*1], tmm1",
@@ -118,6 +129,8 @@ unsafe fn sums<C: Output>(
             a = inout(reg) a => _,
             a2 = inout(reg) a.add(second * p.stride) => _,
             b = inout(reg) p.b[terms.start / 2 * SIDE..].as_ptr() => _,
+            a_line = in(reg) a_line,
+            a_step = in(reg) a_step,
             // Bytes of a row of a tile that lies in one piece.
             line = in(reg) 64usize,
             steps = inout(reg) terms.len() / STEP => _,
