@@ -159,6 +159,21 @@ mod tests {
     }
 
     #[test]
+    fn softmax_of_rows_of_any_length_is_that_in_float64() {
+        for len in (0..40).chain([100, 127, 128]) {
+            let row: Vec<f32> = (0..len).map(|i| ((i * 37 % 19) as f32 - 9.0) * 0.7).collect();
+            let largest = row.iter().fold(f32::NEG_INFINITY, |m, x| m.max(*x));
+            assert_eq!(super::maximum(&row), largest);
+            let exps: Vec<f64> = row.iter().map(|x| f64::from(x - largest).exp()).collect();
+            let (mut found, sum) = (row, exps.iter().sum::<f64>());
+            super::softmax(&mut found);
+            for (found, exp) in found.iter().zip(exps) {
+                assert!((f64::from(*found) - exp / sum).abs() < 1e-6, "{found}, not {} of {len}", exp / sum);
+            }
+        }
+    }
+
+    #[test]
     fn exp_is_accurate_over_its_range() {
         for i in -1000..=880 {
             let x = i as f32 * 0.1;

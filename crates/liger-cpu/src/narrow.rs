@@ -152,11 +152,13 @@ impl WithSimd for Spread<'_> {
                 let Some(a) = a.first_chunk::<TERMS>() else { continue };
                 let c = S::as_mut_simd_f32s(&mut c[column..column + 2 * S::F32_LANES]).0;
                 let [first, second] = c else { continue };
+                // Added up through the references, sums would be written after every term.
+                let mut sums = [*first, *second];
                 for term in 0..TERMS {
                     let a = simd.splat_f32s(a[term]);
-                    *first = simd.mul_add_f32s(a, b[term][0], *first);
-                    *second = simd.mul_add_f32s(a, b[term][1], *second);
+                    sums = [simd.mul_add_f32s(a, b[term][0], sums[0]), simd.mul_add_f32s(a, b[term][1], sums[1])];
                 }
+                [*first, *second] = sums;
             }
         }
         for (c, a) in self.c.chunks_exact_mut(self.n).zip(self.a.chunks(self.width)) {

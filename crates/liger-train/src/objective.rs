@@ -7,12 +7,11 @@ use crate::data::Row;
 use crate::error::Result;
 use crate::recipe::Objective;
 
-/// Rows whose logits are in memory at once: few on a CPU, on a device with its own memory up to half a gigabyte.
+/// Rows whose logits are in memory at once: up to 512 MiB of them on a device with its own memory, 128 MiB on a CPU. The more there are,
+/// the more seldom the output layer's weights are read.
 fn loss_chunk(decoder: &Decoder) -> usize {
-    match decoder.ops().memory() {
-        Some(_) => ((512 << 20) / (4 * decoder.config().vocab_size)).clamp(256, 8192) / 256 * 256,
-        None => 256,
-    }
+    let bytes = if decoder.ops().memory().is_some() { 512 << 20 } else { 128 << 20 };
+    (bytes / (4 * decoder.config().vocab_size)).clamp(256, 8192) / 256 * 256
 }
 
 /// Bytes of the logits that are in memory at once while `tokens` tokens are trained on.

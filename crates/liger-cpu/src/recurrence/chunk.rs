@@ -108,11 +108,6 @@ impl<'a> Chunk<'a> {
         sum
     }
 
-    /// exp of all gates of the chunk, `[D]`.
-    pub(crate) fn total_decay(&self) -> Vec<f32> {
-        self.between(0..self.subs()).iter().map(|&sum| exp(sum)).collect()
-    }
-
     /// exp(gates summed from the chunk's first token to each row), `[C, D]`: the decay of the state before the chunk.
     pub(crate) fn start_decay(&self) -> Vec<f32> {
         let mut decay = self.row_decay.clone();

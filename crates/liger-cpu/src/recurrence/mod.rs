@@ -9,6 +9,8 @@
 
 mod chunk;
 
+use std::ops::Range;
+
 use liger_tensor::checks::RecurrenceSizes;
 use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Result, Sequence, Tensor};
 
@@ -47,7 +49,7 @@ impl<'a> Problem<'a> {
     }
 
     /// Rows `range` of one head of `x [N, K, width]`.
-    fn kv_rows(&self, x: &[f32], width: usize, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
+    fn kv_rows(&self, x: &[f32], width: usize, head: usize, range: Range<usize>) -> Vec<f32> {
         let mut out = Vec::with_capacity(range.len() * width);
         for t in range {
             let at = (t * self.sizes.heads.kv + head) * width;
@@ -57,7 +59,7 @@ impl<'a> Problem<'a> {
     }
 
     /// Rows `range` of the query group of one head of `x [N, H, width]`.
-    fn query_rows(&self, x: &[f32], width: usize, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
+    fn query_rows(&self, x: &[f32], width: usize, head: usize, range: Range<usize>) -> Vec<f32> {
         let count = self.sizes.heads.group() * width;
         let mut out = Vec::with_capacity(range.len() * count);
         for t in range {
@@ -68,7 +70,7 @@ impl<'a> Problem<'a> {
     }
 
     /// Log gates of one head, none below [`LOWEST_GATE`].
-    fn gates(&self, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
+    fn gates(&self, head: usize, range: Range<usize>) -> Vec<f32> {
         let mut gates = self.kv_rows(self.gate, self.sizes.gate_dim, head, range);
         gates.iter_mut().for_each(|g| *g = g.max(LOWEST_GATE));
         gates
@@ -79,7 +81,7 @@ impl<'a> Problem<'a> {
         self.alone.matmul((c, sizes.1), sizes, (a, b), 1.0, true);
     }
 
-    fn load(&self, head: usize, range: std::ops::Range<usize>) -> Loaded {
+    fn load(&self, head: usize, range: Range<usize>) -> Loaded {
         let gates = self.gates(head, range.clone());
         Loaded {
             q: self.query_rows(self.q, self.sizes.heads.dim, head, range.clone()),
@@ -121,45 +123,62 @@ fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize, alone: Alone) 
     a
 }
 
-/// The state after a chunk, from that before it: decayed, and + k^T v with the gated one decayed to the chunk's end.
-fn advance(state: &mut [f32], p: &Problem<'_>, head: usize, range: std::ops::Range<usize>) {
-    let (dk, dv) = (p.sizes.heads.dim, p.sizes.value_dim);
-    let (gates, len) = (p.gates(head, range.clone()), range.len());
-    let chunk = Chunk::new(&gates, p.sizes.gate_dim, 1, p.alone);
+/// What a chunk adds to the state `[Dk, Dv]`: k^T v with the gated one decayed to the chunk's end. `total` gets the decay of what
+/// was there before.
+fn added(to: &mut [f32], total: &mut [f32], p: &Problem<'_>, head: usize, range: Range<usize>) {
+    let (dk, dv, len) = (p.sizes.heads.dim, p.sizes.value_dim, range.len());
     let mut k = p.kv_rows(p.k, dk, head, range.clone());
-    let mut v = p.kv_rows(p.v, dv, head, range);
-    let gated = if p.axis == GateAxis::Key { &mut k } else { &mut v };
-    *gated = times_decay(gated, &chunk.end_decay(), p.sizes.gate_dim, 1);
-    decay_state(state, &chunk.total_decay(), p.axis, dv);
-    p.add_product(state, (dk, dv, len), rows(&k, dk).t(), rows(&v, dv));
-}
-
-/// The gradient of the state before a chunk, from that of the state after it: decayed, and + q^T do with the gated one decayed from
-/// the chunk's start.
-fn retreat(dstate: &mut [f32], dout: &[f32], p: &Problem<'_>, head: usize, range: std::ops::Range<usize>) {
-    let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
-    let (gates, count) = (p.gates(head, range.clone()), range.len() * group);
-    let chunk = Chunk::new(&gates, p.sizes.gate_dim, group, p.alone);
-    let (q, from_start) = (p.query_rows(p.q, dk, head, range), chunk.start_decay());
-    decay_state(dstate, &chunk.total_decay(), p.axis, dv);
-    match p.axis {
-        GateAxis::Key => {
-            let q = times_decay(&q, &from_start, dk, group);
-            p.add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(dout, dv));
-        }
-        GateAxis::Value => {
-            let dout = times_decay(dout, &from_start, dv, group);
-            p.add_product(dstate, (dk, dv, count), rows(&q, dk).t(), rows(&dout, dv));
-        }
-    }
-}
-
-fn decay_state(state: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
+    let mut v = p.kv_rows(p.v, dv, head, range.clone());
+    let gates = p.gates(head, range);
+    let gated = if p.axis == GateAxis::Key { &mut k[..] } else { &mut v[..] };
+    let mut sum = vec![0.0f32; p.sizes.gate_dim];
+    total.fill(1.0);
     vectorized!(|| {
-        for (d, row) in state.chunks_exact_mut(dv).enumerate() {
+        for (x, gates) in gated.chunks_exact_mut(sum.len()).zip(gates.chunks_exact(sum.len())).rev() {
+            x.iter_mut().zip(&*total).for_each(|(x, decay)| *x *= decay);
+            add_scaled(&mut sum, 1.0, gates);
+            total.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
+        }
+    },);
+    p.alone.matmul((to, dv), (dk, dv, len), (rows(&k, dk).t(), rows(&v, dv)), 1.0, false);
+}
+
+/// What a chunk adds to the gradient of the state before it: q^T do with the gated one decayed from the chunk's start.
+fn added_gradient(to: &mut [f32], dout: &[f32], p: &Problem<'_>, head: usize, range: Range<usize>) {
+    let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
+    let (mut q, mut dout) = (p.query_rows(p.q, dk, head, range.clone()), p.query_rows(dout, dv, head, range.clone()));
+    let (gates, count) = (p.gates(head, range), q.len() / dk);
+    let gated = if p.axis == GateAxis::Key { &mut q[..] } else { &mut dout[..] };
+    let mut sum = vec![0.0f32; p.sizes.gate_dim];
+    let mut decay = sum.clone();
+    vectorized!(|| {
+        for (x, gates) in gated.chunks_exact_mut(group * sum.len()).zip(gates.chunks_exact(sum.len())) {
+            add_scaled(&mut sum, 1.0, gates);
+            decay.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
+            for x in x.chunks_exact_mut(decay.len()) {
+                x.iter_mut().zip(&decay).for_each(|(x, e)| *x *= e);
+            }
+        }
+    },);
+    p.alone.matmul((to, dv), (dk, dv, count), (rows(&q, dk).t(), rows(&dout, dv)), 1.0, false);
+}
+
+/// Moves the state over a chunk. `place` holds what the chunk adds, and then the state that was there before.
+fn pass(state: &mut [f32], place: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
+    vectorized!(|| {
+        for (d, (row, place)) in state.chunks_exact_mut(dv).zip(place.chunks_exact_mut(dv)).enumerate() {
+            let both = row.iter_mut().zip(place);
             match axis {
-                GateAxis::Key => row.iter_mut().for_each(|s| *s *= total[d]),
-                GateAxis::Value => row.iter_mut().zip(total).for_each(|(s, e)| *s *= e),
+                GateAxis::Key => {
+                    for (state, place) in both {
+                        (*state, *place) = (total[d] * *state + *place, *state);
+                    }
+                }
+                GateAxis::Value => {
+                    for ((state, place), decay) in both.zip(total) {
+                        (*state, *place) = (decay * *state + *place, *state);
+                    }
+                }
             }
         }
     },);
@@ -230,11 +249,20 @@ pub(crate) fn forward(
     let width = group * dv;
     // SAFETY: each (token, head) belongs to exactly one task.
     let out_row = |t: usize, head: usize| unsafe { out.slice((t * p.sizes.heads.query + head * group) * dv, width) };
-    // First the state before every chunk, one after the other, then the chunks' outputs in any order. A lone token is a step.
+    // What every chunk adds to the state, in any order; the state before every chunk, one after the other; the chunks' outputs, in any
+    // order again. A lone token is a step.
     let mut chunks: Vec<ChunkAt> = Vec::new();
     let firsts: Vec<usize> = sequences.iter().map(|s| list_chunks(&mut chunks, *s, s.len > 1)).collect();
     let mut befores = vec![0.0f32; chunks.len() * kv * len];
-    let all_befores = Disjoint::new(&mut befores);
+    let mut totals = vec![0.0f32; chunks.len() * kv * p.sizes.gate_dim];
+    let places = OfChunks::new(&mut befores, kv, len);
+    let decays = OfChunks::new(&mut totals, kv, p.sizes.gate_dim);
+    for_tasks(chunks.len() * kv, |task| {
+        let (chunk, head) = (task / kv, task % kv);
+        // SAFETY: each (chunk, head) has one task.
+        let (place, total) = unsafe { (places.at(chunk, head), decays.at(chunk, head)) };
+        added(place, total, &p, head, chunks[chunk].range());
+    });
     for_tasks(sequences.len() * kv, |task| {
         let (index, head) = (task / kv, task % kv);
         let s = sequences[index];
@@ -251,11 +279,10 @@ pub(crate) fn forward(
             let c = p.load(head, s.start..s.start + 1);
             return step(out_row(s.start, head), state, &c, &p);
         }
-        for (i, at) in chunks[firsts[index]..].iter().take(s.len.div_ceil(CHUNK)).enumerate() {
-            // SAFETY: each (chunk, head) has one task.
-            let before = unsafe { all_befores.slice(((firsts[index] + i) * kv + head) * len, len) };
-            before.copy_from_slice(state);
-            advance(state, &p, head, at.range());
+        for chunk in firsts[index]..firsts[index] + s.len.div_ceil(CHUNK) {
+            // SAFETY: each (chunk, head) belongs to one sequence.
+            let (place, total) = unsafe { (places.at(chunk, head), decays.at(chunk, head)) };
+            pass(state, place, total, p.axis, dv);
         }
     });
     for_tasks(chunks.len() * kv, |task| {
@@ -270,6 +297,27 @@ pub(crate) fn forward(
     Ok(())
 }
 
+/// `[chunks, K, len]`, of which tasks write each their own.
+struct OfChunks<'a> {
+    data: Disjoint<'a>,
+    kv: usize,
+    len: usize,
+}
+
+impl<'a> OfChunks<'a> {
+    fn new(data: &'a mut [f32], kv: usize, len: usize) -> Self {
+        Self { data: Disjoint::new(data), kv, len }
+    }
+
+    /// # Safety
+    /// No two tasks may have the same (chunk, head) at the same time.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn at(&self, chunk: usize, head: usize) -> &mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { self.data.slice((chunk * self.kv + head) * self.len, self.len) }
+    }
+}
+
 /// Tokens of a batch that are one chunk.
 #[derive(Clone, Copy)]
 struct ChunkAt {
@@ -278,7 +326,7 @@ struct ChunkAt {
 }
 
 impl ChunkAt {
-    fn range(self) -> std::ops::Range<usize> {
+    fn range(self) -> Range<usize> {
         self.start..self.start + self.len
     }
 }
@@ -319,23 +367,34 @@ pub(crate) fn backward(
     // By (chunk, head): the state before it, and the gradient of the state after it. Both are chains, one from each end.
     let mut befores = vec![0.0f32; chunks.len() * kv * len];
     let mut dafters = vec![0.0f32; chunks.len() * kv * len];
+    let mut totals = vec![0.0f32; chunks.len() * kv * p.sizes.gate_dim];
     // By (sequence, head): the gate's gradient after the last token.
     let mut gate_sums = vec![0.0f64; sequences.len() * kv * p.sizes.gate_dim];
-    let (all_befores, all_dafters) = (Disjoint::new(&mut befores), Disjoint::new(&mut dafters));
+    let (places, dplaces) = (OfChunks::new(&mut befores, kv, len), OfChunks::new(&mut dafters, kv, len));
+    let decays = OfChunks::new(&mut totals, kv, p.sizes.gate_dim);
     let all_gate_sums = Disjoint::new(&mut gate_sums);
+    for_tasks(chunks.len() * kv, |task| {
+        let (chunk, head) = (task / kv, task % kv);
+        // SAFETY: each (chunk, head) has one task.
+        let (place, dplace, total) =
+            unsafe { (places.at(chunk, head), dplaces.at(chunk, head), decays.at(chunk, head)) };
+        added(place, total, &p, head, chunks[chunk].range());
+        added_gradient(dplace, dout, &p, head, chunks[chunk].range());
+    });
     for_tasks(2 * sequences.len() * kv, |task| {
         let (index, head) = (task / 2 / kv, task / 2 % kv);
         let s = sequences[index];
         let mut state = vec![0.0f32; len];
-        let own = (firsts[index]..).zip(&chunks[firsts[index]..]).take(s.len.div_ceil(CHUNK));
+        let own = firsts[index]..firsts[index] + s.len.div_ceil(CHUNK);
+        // SAFETY: nobody writes them any more.
+        let decay = |chunk: usize| unsafe { &*decays.at(chunk, head) };
         if task % 2 == 0 {
             if let Some(initial) = initial {
                 state.copy_from_slice(&initial[(s.slot * kv + head) * len..][..len]);
             }
-            for (i, at) in own {
+            for chunk in own {
                 // SAFETY: each (chunk, head) has one such task.
-                unsafe { all_befores.slice((i * kv + head) * len, len) }.copy_from_slice(&state);
-                advance(&mut state, &p, head, at.range());
+                pass(&mut state, unsafe { places.at(chunk, head) }, decay(chunk), p.axis, dv);
             }
             if let Some(dlast) = &dlast {
                 // SAFETY: each (sequence, head) has one such task.
@@ -350,11 +409,9 @@ pub(crate) fn backward(
             if let Some(dlast) = &dlast {
                 state.copy_from_slice(&dlast[(index * kv + head) * len..][..len]);
             }
-            for (i, at) in own.collect::<Vec<_>>().into_iter().rev() {
+            for chunk in own.rev() {
                 // SAFETY: each (chunk, head) has one such task.
-                unsafe { all_dafters.slice((i * kv + head) * len, len) }.copy_from_slice(&state);
-                let rows = p.query_rows(dout, dv, head, at.range());
-                retreat(&mut state, &rows, &p, head, at.range());
+                pass(&mut state, unsafe { dplaces.at(chunk, head) }, decay(chunk), p.axis, dv);
             }
             if let Some(dstates) = &dstates {
                 // SAFETY: as above.
@@ -467,7 +524,7 @@ struct Outputs<'a> {
 
 impl Outputs<'_> {
     /// Scatters a chunk's gradients: of the gate, each token's own term.
-    fn store(&self, p: &Problem<'_>, g: &ChunkGradients, head: usize, range: std::ops::Range<usize>) {
+    fn store(&self, p: &Problem<'_>, g: &ChunkGradients, head: usize, range: Range<usize>) {
         let (kv, group, gate_dim) = (p.sizes.heads.kv, p.sizes.heads.group(), p.sizes.gate_dim);
         for (i, t) in range.enumerate() {
             let write = |to: &Disjoint<'_>, from: &[f32], width: usize| {
