@@ -1,7 +1,7 @@
 """Matrix products of PyTorch (oneDNN) on a CPU, in bfloat16 and float32: the peer of
 `cargo run --release -p liger-benches --example products`.
 
-    python cpu_products.py [--threads 2]
+    python cpu_products.py [--threads 2] [--seconds 2] [--size 1024x576x1536]
 """
 
 import argparse
@@ -11,14 +11,18 @@ import torch
 
 options = argparse.ArgumentParser()
 options.add_argument("--threads", type=int, default=2)
-torch.set_num_threads(options.parse_args().threads)
-for dtype in (torch.bfloat16, torch.float32):
-    for m, k, n in ((1024, 576, 1536), (1024, 4096, 14336)):
+options.add_argument("--seconds", type=float, default=2, help="for each product")
+options.add_argument("--size", help="one product in bfloat16 alone, as m x k x n")
+options = options.parse_args()
+torch.set_num_threads(options.threads)
+sizes = [options.size] if options.size else ["1024x576x1536", "1024x4096x14336"]
+for dtype in (torch.bfloat16,) if options.size else (torch.bfloat16, torch.float32):
+    for m, k, n in (map(int, size.split("x")) for size in sizes):
         x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
         times = []
         with torch.inference_mode():
             begin = time.time()
-            while len(times) < 5 or time.time() - begin < 2:
+            while len(times) < 5 or time.time() - begin < options.seconds:
                 start = time.time()
                 torch.nn.functional.linear(x, w)
                 times.append(time.time() - start)

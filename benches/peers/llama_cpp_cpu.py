@@ -1,4 +1,5 @@
-"""llama.cpp (by llama-cpp-python, built for the CPU at hand) on a GGUF file: prefill, a decoding step after some lengths, resident memory.
+"""llama.cpp (by llama-cpp-python, built for the CPU at hand) on a GGUF file: prefill, the middle one of some decoding steps after some
+lengths, resident memory.
 The peer of `liger bench decode|prefill --device cpu`.
 
     python llama_cpp_cpu.py MODEL.gguf --lengths 512,8192 [--threads 2] [--flash]
@@ -21,7 +22,7 @@ options = options.parse_args()
 lengths = [int(n) for n in options.lengths.split(",")]
 model = llama_cpp.Llama(
     options.model,
-    n_ctx=max(lengths) + options.steps + 64,
+    n_ctx=max(lengths) + 96,
     n_threads=options.threads,
     n_threads_batch=options.threads,
     n_batch=options.batch,
@@ -36,7 +37,7 @@ def resident():
     return int(line.split()[1]) / 1024
 
 
-ids = numpy.random.default_rng(0).integers(100, 40000, max(lengths) + options.steps).tolist()
+ids = numpy.random.default_rng(0).integers(100, 40000, max(lengths) + 32).tolist()
 print(f"resident {resident():.0f} MiB before any token")
 seen, spent = 0, 0.0
 for length in lengths:
@@ -44,9 +45,13 @@ for length in lengths:
     start = time.time()
     model.eval(ids[seen:length])
     spent += time.time() - start
-    start = time.time()
+    times = []
     for i in range(options.steps):
-        model.eval([ids[length + i]])
-    step = (time.time() - start) / options.steps
+        # Never much more than `length` tokens before a step.
+        model.n_tokens = length + i % 32
+        start = time.time()
+        model.eval([ids[length + i % 32]])
+        times.append(time.time() - start)
+    step = sorted(times)[len(times) // 2]
     seen = length
     print(f"after {length}: prefill {length / spent:.0f} tokens/s, a step {step * 1e3:.2f} ms, resident {resident():.0f} MiB", flush=True)
