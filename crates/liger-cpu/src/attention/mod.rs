@@ -119,10 +119,7 @@ fn turns_of(inputs: &Attention<'_>) -> Result<Turns> {
     inputs.keeping.map_or(Ok(Turns::default()), |Keeping { frequencies, .. }| Turns::of(frequencies))
 }
 
-/// Floats of a vector.
-const LANES: usize = 16;
-
-/// Scores of one block, soft-maxed: row (i, g) against the visible keys, and zeros up to a multiple of [`LANES`].
+/// Scores of one block, soft-maxed: row (i, g) against the visible keys.
 fn probabilities(
     (q, k): (&[f32], &[f32]),
     spec: AttentionSpec,
@@ -131,12 +128,12 @@ fn probabilities(
     h: Heads,
     alone: Alone,
 ) -> Vec<f32> {
-    let (group, n, width) = (h.group(), seen.len(), seen.len().next_multiple_of(LANES));
+    let (group, n) = (h.group(), seen.len());
     let count = q.len() / h.dim;
-    let mut scores = vec![0.0f32; count * width];
+    let mut scores = vec![0.0f32; count * n];
     let scale = 1.0 / (h.dim as f32).sqrt();
     let sizes = (count, n, h.dim);
-    alone.matmul((&mut scores, width), sizes, (rows(q, h.dim), rows(k, h.dim).t()), scale, false);
+    alone.matmul((&mut scores, n), sizes, (rows(q, h.dim), rows(k, h.dim).t()), scale, false);
     // The last keys are those of neighbouring tokens, up to the block's last one; all that stand before them are seen by all.
     let to = from + count / group;
     let window_keys = seen.iter().rev().zip((0..to).rev()).take_while(|(seen, t)| seen.key == Key::At(*t)).count();
@@ -144,32 +141,22 @@ fn probabilities(
     // Of a block within one stretch all queries see the same kept keys and the same window.
     let window = spec.window.filter(|_| spec.kept == 0);
     vectorized!(|| {
-        for (r, row) in scores.chunks_exact_mut(width).enumerate() {
+        for (r, row) in scores.chunks_exact_mut(n).enumerate() {
             let position = from + r / group;
-            let end = column(position) + 1;
+            let (row, later) = row.split_at_mut(column(position) + 1);
+            later.fill(0.0);
             let start = window.map_or(0, |w| (position + 1).saturating_sub(w));
             let hidden = if spec.sinks < start { column(spec.sinks)..column(start) } else { 0..0 };
-            let first = if hidden.start == 0 { hidden.end } else { 0 };
-            row[hidden].fill(f32::NEG_INFINITY);
-            softmax_of(row, first..end);
+            if hidden.start == 0 {
+                row[hidden.clone()].fill(0.0);
+                softmax(&mut row[hidden.end..]);
+            } else {
+                row[hidden].fill(f32::NEG_INFINITY);
+                softmax(row);
+            }
         }
     },);
     scores
-}
-
-/// Softmax of `range` of a row; the others get zeros. By whole vectors: the last elements one by one would take as long as so many.
-#[inline(always)]
-fn softmax_of(row: &mut [f32], range: std::ops::Range<usize>) {
-    let whole = range.start / LANES * LANES..range.end.next_multiple_of(LANES);
-    row[..whole.start].fill(0.0);
-    row[whole.end..].fill(0.0);
-    for at in [whole.start, whole.end - LANES] {
-        for (lane, x) in row[at..at + LANES].iter_mut().enumerate() {
-            let is_outside = ((at + lane) as u32) < range.start as u32 || (at + lane) as u32 >= range.end as u32;
-            *x = if is_outside { f32::NEG_INFINITY } else { *x };
-        }
-    }
-    softmax(&mut row[whole]);
 }
 
 fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
@@ -240,7 +227,7 @@ pub(crate) fn forward(
         let mut block = queries; // its memory takes the result
         let values = values.gather(&seen);
         let sizes = (count, d, seen.len());
-        alone.matmul((&mut block, d), sizes, (rows(&p, p.len() / count), rows(&values, d)), 1.0, false);
+        alone.matmul((&mut block, d), sizes, (rows(&p, seen.len()), rows(&values, d)), 1.0, false);
         let width = heads.group() * d;
         for (t, row) in block.chunks_exact(width).enumerate() {
             // SAFETY: each (token, head) belongs to exactly one task.
@@ -297,21 +284,19 @@ pub(crate) fn backward(
             let dblock = gather_queries(dout, heads, head, block);
             let (count, n) = (queries.len() / d, seen.len());
             let p = probabilities((&queries, &keys), spec, start + first, &seen, heads, alone);
-            let columns = p.len() / count;
 
             let mut block_dv = vec![0.0f32; n * d];
-            alone.matmul((&mut block_dv, d), (n, d, count), (rows(&p, columns).t(), rows(&dblock, d)), 1.0, false);
-            let mut ds = vec![0.0f32; count * columns];
-            alone.matmul((&mut ds, columns), (count, n, d), (rows(&dblock, d), rows(&values, d).t()), 1.0, false);
+            alone.matmul((&mut block_dv, d), (n, d, count), (rows(&p, n).t(), rows(&dblock, d)), 1.0, false);
+            let mut ds = vec![0.0f32; count * n];
+            alone.matmul((&mut ds, n), (count, n, d), (rows(&dblock, d), rows(&values, d).t()), 1.0, false);
             vectorized!(|| {
-                let rows = ds.chunks_exact_mut(columns).zip(p.chunks_exact(columns));
-                rows.for_each(|(ds, p)| softmax_backward_row(ds, p));
+                ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).for_each(|(ds, p)| softmax_backward_row(ds, p));
             },);
             let scale = 1.0 / (d as f32).sqrt();
             let mut block_dq = vec![0.0f32; count * d];
-            alone.matmul((&mut block_dq, d), (count, d, n), (rows(&ds, columns), rows(&keys, d)), scale, false);
+            alone.matmul((&mut block_dq, d), (count, d, n), (rows(&ds, n), rows(&keys, d)), scale, false);
             let mut block_dk = vec![0.0f32; n * d];
-            alone.matmul((&mut block_dk, d), (n, d, count), (rows(&ds, columns).t(), rows(&queries, d)), scale, false);
+            alone.matmul((&mut block_dk, d), (n, d, count), (rows(&ds, n).t(), rows(&queries, d)), scale, false);
 
             for (i, seen) in seen.iter().enumerate() {
                 let Key::At(position) = seen.key else { continue };
