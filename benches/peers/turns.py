@@ -1,7 +1,8 @@
 """Two or more programs in turns on the same CPUs: each runs for a moment while the others are stopped, until all have ended. On a
-machine that others use too, what is measured one after the other tells the machine's hours apart; in turns both meet the same ones.
+machine that others use too, what is measured one after the other tells the machine's moments apart; in turns all meet the same ones.
 
-    python turns.py [--seconds 0.25] "python cpu_products.py --seconds 20" "target/release/examples/products --seconds 20"
+    python turns.py [--seconds 0.25] "python cpu_products.py --size 1024x576x1536 --seconds 40" \\
+        "target/release/examples/products 1024x576x1536 bfloat16 40"
 
 The programs should print medians of short pieces of work: a piece that was going on when its program was stopped counts the others'
 time too.

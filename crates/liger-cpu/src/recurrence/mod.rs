@@ -8,6 +8,7 @@
 //! gated values, which is the same three sums of [`chunk`] with query and output gradient, key and value exchanged.
 
 mod chunk;
+mod states;
 
 use std::ops::Range;
 
@@ -18,6 +19,7 @@ use crate::gemm::{Alone, Matrix, rows};
 use crate::math::{add_scaled, exp};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 use chunk::{CHUNK, Chunk};
+use states::{OfChunks, added, added_gradient, pass};
 
 /// exp(-40) is nothing beside any sum in float32; below it a chunk's sums would swallow the small gates.
 const LOWEST_GATE: f32 = -40.0;
@@ -123,67 +125,6 @@ fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize, alone: Alone) 
     a
 }
 
-/// What a chunk adds to the state `[Dk, Dv]`: k^T v with the gated one decayed to the chunk's end. `total` gets the decay of what
-/// was there before.
-fn added(to: &mut [f32], total: &mut [f32], p: &Problem<'_>, head: usize, range: Range<usize>) {
-    let (dk, dv, len) = (p.sizes.heads.dim, p.sizes.value_dim, range.len());
-    let mut k = p.kv_rows(p.k, dk, head, range.clone());
-    let mut v = p.kv_rows(p.v, dv, head, range.clone());
-    let gates = p.gates(head, range);
-    let gated = if p.axis == GateAxis::Key { &mut k[..] } else { &mut v[..] };
-    let mut sum = vec![0.0f32; p.sizes.gate_dim];
-    total.fill(1.0);
-    vectorized!(|| {
-        for (x, gates) in gated.chunks_exact_mut(sum.len()).zip(gates.chunks_exact(sum.len())).rev() {
-            x.iter_mut().zip(&*total).for_each(|(x, decay)| *x *= decay);
-            add_scaled(&mut sum, 1.0, gates);
-            total.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
-        }
-    },);
-    p.alone.matmul((to, dv), (dk, dv, len), (rows(&k, dk).t(), rows(&v, dv)), 1.0, false);
-}
-
-/// What a chunk adds to the gradient of the state before it: q^T do with the gated one decayed from the chunk's start.
-fn added_gradient(to: &mut [f32], dout: &[f32], p: &Problem<'_>, head: usize, range: Range<usize>) {
-    let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
-    let (mut q, mut dout) = (p.query_rows(p.q, dk, head, range.clone()), p.query_rows(dout, dv, head, range.clone()));
-    let (gates, count) = (p.gates(head, range), q.len() / dk);
-    let gated = if p.axis == GateAxis::Key { &mut q[..] } else { &mut dout[..] };
-    let mut sum = vec![0.0f32; p.sizes.gate_dim];
-    let mut decay = sum.clone();
-    vectorized!(|| {
-        for (x, gates) in gated.chunks_exact_mut(group * sum.len()).zip(gates.chunks_exact(sum.len())) {
-            add_scaled(&mut sum, 1.0, gates);
-            decay.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
-            for x in x.chunks_exact_mut(decay.len()) {
-                x.iter_mut().zip(&decay).for_each(|(x, e)| *x *= e);
-            }
-        }
-    },);
-    p.alone.matmul((to, dv), (dk, dv, count), (rows(&q, dk).t(), rows(&dout, dv)), 1.0, false);
-}
-
-/// Moves the state over a chunk. `place` holds what the chunk adds, and then the state that was there before.
-fn pass(state: &mut [f32], place: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
-    vectorized!(|| {
-        for (d, (row, place)) in state.chunks_exact_mut(dv).zip(place.chunks_exact_mut(dv)).enumerate() {
-            let both = row.iter_mut().zip(place);
-            match axis {
-                GateAxis::Key => {
-                    for (state, place) in both {
-                        (*state, *place) = (total[d] * *state + *place, *state);
-                    }
-                }
-                GateAxis::Value => {
-                    for ((state, place), decay) in both.zip(total) {
-                        (*state, *place) = (decay * *state + *place, *state);
-                    }
-                }
-            }
-        }
-    },);
-}
-
 /// Output `[C, G, Dv]` of one chunk given the state before it.
 fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -> Vec<f32> {
     let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
@@ -263,6 +204,7 @@ pub(crate) fn forward(
         let (place, total) = unsafe { (places.at(chunk, head), decays.at(chunk, head)) };
         added(place, total, &p, head, chunks[chunk].range());
     });
+    let total = |chunk: usize, head: usize| &totals[(chunk * kv + head) * p.sizes.gate_dim..][..p.sizes.gate_dim];
     for_tasks(sequences.len() * kv, |task| {
         let (index, head) = (task / kv, task % kv);
         let s = sequences[index];
@@ -281,8 +223,7 @@ pub(crate) fn forward(
         }
         for chunk in firsts[index]..firsts[index] + s.len.div_ceil(CHUNK) {
             // SAFETY: each (chunk, head) belongs to one sequence.
-            let (place, total) = unsafe { (places.at(chunk, head), decays.at(chunk, head)) };
-            pass(state, place, total, p.axis, dv);
+            pass(state, unsafe { places.at(chunk, head) }, total(chunk, head), p.axis, dv);
         }
     });
     for_tasks(chunks.len() * kv, |task| {
@@ -295,27 +236,6 @@ pub(crate) fn forward(
         }
     });
     Ok(())
-}
-
-/// `[chunks, K, len]`, of which tasks write each their own.
-struct OfChunks<'a> {
-    data: Disjoint<'a>,
-    kv: usize,
-    len: usize,
-}
-
-impl<'a> OfChunks<'a> {
-    fn new(data: &'a mut [f32], kv: usize, len: usize) -> Self {
-        Self { data: Disjoint::new(data), kv, len }
-    }
-
-    /// # Safety
-    /// No two tasks may have the same (chunk, head) at the same time.
-    #[allow(clippy::mut_from_ref)]
-    unsafe fn at(&self, chunk: usize, head: usize) -> &mut [f32] {
-        // SAFETY: the caller's promise.
-        unsafe { self.data.slice((chunk * self.kv + head) * self.len, self.len) }
-    }
 }
 
 /// Tokens of a batch that are one chunk.
@@ -381,20 +301,19 @@ pub(crate) fn backward(
         added(place, total, &p, head, chunks[chunk].range());
         added_gradient(dplace, dout, &p, head, chunks[chunk].range());
     });
+    let total = |chunk: usize, head: usize| &totals[(chunk * kv + head) * p.sizes.gate_dim..][..p.sizes.gate_dim];
     for_tasks(2 * sequences.len() * kv, |task| {
         let (index, head) = (task / 2 / kv, task / 2 % kv);
         let s = sequences[index];
         let mut state = vec![0.0f32; len];
         let own = firsts[index]..firsts[index] + s.len.div_ceil(CHUNK);
-        // SAFETY: nobody writes them any more.
-        let decay = |chunk: usize| unsafe { &*decays.at(chunk, head) };
         if task % 2 == 0 {
             if let Some(initial) = initial {
                 state.copy_from_slice(&initial[(s.slot * kv + head) * len..][..len]);
             }
             for chunk in own {
                 // SAFETY: each (chunk, head) has one such task.
-                pass(&mut state, unsafe { places.at(chunk, head) }, decay(chunk), p.axis, dv);
+                pass(&mut state, unsafe { places.at(chunk, head) }, total(chunk, head), p.axis, dv);
             }
             if let Some(dlast) = &dlast {
                 // SAFETY: each (sequence, head) has one such task.
@@ -411,7 +330,7 @@ pub(crate) fn backward(
             }
             for chunk in own.rev() {
                 // SAFETY: each (chunk, head) has one such task.
-                pass(&mut state, unsafe { dplaces.at(chunk, head) }, decay(chunk), p.axis, dv);
+                pass(&mut state, unsafe { dplaces.at(chunk, head) }, total(chunk, head), p.axis, dv);
             }
             if let Some(dstates) = &dstates {
                 // SAFETY: as above.
