@@ -22,6 +22,7 @@ use crate::gemm::{Alone, rows};
 use crate::math::{add_scaled, softmax};
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
 
+/// Most queries of a block.
 const BLOCK: usize = 64;
 
 /// Where row `t` of the query group of key/value head `head` begins; its `group * dim` elements are contiguous.
@@ -94,9 +95,11 @@ struct Seen {
 fn blocks(spec: AttentionSpec, s: Sequence) -> Vec<(usize, usize)> {
     let mut blocks = Vec::new();
     let mut first = 0;
+    // With a window a block multiplies more keys than its queries see: as many as it has queries.
+    let most = spec.window.map_or(BLOCK, |w| (w / 2).clamp(BLOCK / 4, BLOCK));
     while first < s.len {
-        let stretch = spec.window.filter(|_| spec.kept > 0).map_or(BLOCK, |w| w - (s.position + first) % w);
-        let last = s.len.min(first + BLOCK.min(stretch));
+        let stretch = spec.window.filter(|_| spec.kept > 0).map_or(most, |w| w - (s.position + first) % w);
+        let last = s.len.min(first + most.min(stretch));
         blocks.push((first, last));
         first = last;
     }
