@@ -11,7 +11,11 @@
 use std::time::{Duration, Instant};
 
 use liger_cpu::Cpu;
-use liger_tensor::{DType, Gemm, Ops, Result};
+use liger_tensor::{DType, Gemm, Ops};
+
+const USAGE: &str = "usage: products [1024x576x1536 float32|bfloat16 SECONDS]";
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -23,8 +27,8 @@ fn main() -> Result<()> {
                 }
             }
         }
-        [size, activations, seconds] => measure(size, activations, seconds.parse().unwrap_or(2.0))?,
-        _ => println!("usage: products [MxKxN float32|bfloat16 SECONDS]"),
+        [size, activations, seconds] => measure(size, activations, seconds.parse()?)?,
+        _ => return Err(USAGE.into()),
     }
     Ok(())
 }
@@ -32,11 +36,14 @@ fn main() -> Result<()> {
 fn measure(size: &str, activations: &str, seconds: f64) -> Result<()> {
     let sizes: Vec<usize> = size.split('x').filter_map(|n| n.parse().ok()).collect();
     let [m, k, n] = sizes[..] else {
-        println!("a product's size is given as 1024x576x1536, not {size}");
-        return Ok(());
+        return Err(USAGE.into());
     };
     let cpu = Cpu::with_bfloat16();
-    let dtype = if activations == "bfloat16" { DType::Bf16 } else { DType::F32 };
+    let dtype = match activations {
+        "float32" => DType::F32,
+        "bfloat16" => DType::Bf16,
+        _ => return Err(USAGE.into()),
+    };
     // As a model has them: memory that begins with a line.
     let empty = |shape: &[usize]| if dtype == DType::Bf16 { cpu.empty_operand(shape) } else { cpu.empty(shape) };
     let (w, mut x, mut y) = (cpu.random(&[n, k], 1.0, 0, DType::Bf16)?, empty(&[m, k])?, empty(&[m, n])?);

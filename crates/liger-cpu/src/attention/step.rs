@@ -90,13 +90,15 @@ pub(super) fn step<W: Row>(
             let row = query_at(heads, s.start, head) + g * d;
             let out = &mut out[row..row + d];
             out.fill(0.0);
-            let mut sum = 0.0;
-            for i in 0..count {
-                let weight = exp(part_of(i)[0] - max);
-                sum += weight * part_of(i)[1];
-                add_scaled(out, weight, &part_of(i)[2..]);
-            }
-            out.iter_mut().for_each(|x| *x /= sum);
+            vectorized!(|| {
+                let mut sum = 0.0;
+                for i in 0..count {
+                    let weight = exp(part_of(i)[0] - max);
+                    sum += weight * part_of(i)[1];
+                    add_scaled(out, weight, &part_of(i)[2..]);
+                }
+                out.iter_mut().for_each(|x| *x /= sum);
+            },);
         }
         at += count;
     }

@@ -64,9 +64,9 @@ impl Kernel {
         }
     }
 
-    /// Tasks that each thread gets at least, where there are so many panels: each reads all rows. Tiles are so fast that reading them
-    /// twice costs more than a thread that waits for the other.
-    fn tasks(self) -> usize {
+    /// Tasks that each thread gets at least, where there are so many panels. Each task reads all rows: beside AMX's speed to read them
+    /// once more costs more than a thread that waits for another.
+    fn tasks_of_a_thread(self) -> usize {
         match self {
             Self::Amx => 1,
             Self::Avx512Bf16 => 2,
@@ -178,9 +178,9 @@ pub(crate) fn product<C: Output, A: Source>(
     let depth = depth.min(2 * stride);
     // As many panels together as stay in the cache, if that leaves every thread some tasks.
     let panels = n.div_ceil(panel);
-    let together = (cached / (2 * depth * panel)).min(panels / (kernel.tasks() * threads())).max(1);
+    let panels_together = (cached / (2 * depth * panel)).min(panels / (kernel.tasks_of_a_thread() * threads())).max(1);
     // Cut evenly: of 18 panels for two threads, tasks of 4, 4, 4, 4 and 2 would leave one thread waiting.
-    let tasks = panels.div_ceil(together).next_multiple_of(threads());
+    let tasks = panels.div_ceil(panels_together).next_multiple_of(threads());
     for_tasks(tasks, |task| {
         let outputs = panels * task / tasks * panel..n.min(panels * (task + 1) / tasks * panel);
         if outputs.is_empty() {

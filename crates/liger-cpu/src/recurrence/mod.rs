@@ -195,16 +195,17 @@ pub(crate) fn forward(
     let mut chunks: Vec<ChunkAt> = Vec::new();
     let firsts: Vec<usize> = sequences.iter().map(|s| list_chunks(&mut chunks, *s, s.len > 1)).collect();
     let mut befores = vec![0.0f32; chunks.len() * kv * len];
-    let mut totals = vec![0.0f32; chunks.len() * kv * p.sizes.gate_dim];
+    let mut total_decays = vec![0.0f32; chunks.len() * kv * p.sizes.gate_dim];
     let places = OfChunks::new(&mut befores, kv, len);
-    let decays = OfChunks::new(&mut totals, kv, p.sizes.gate_dim);
+    let decays = OfChunks::new(&mut total_decays, kv, p.sizes.gate_dim);
     for_tasks(chunks.len() * kv, |task| {
         let (chunk, head) = (task / kv, task % kv);
         // SAFETY: each (chunk, head) has one task.
-        let (place, total) = unsafe { (places.at(chunk, head), decays.at(chunk, head)) };
-        added(place, total, &p, head, chunks[chunk].range());
+        let (place, decay) = unsafe { (places.at(chunk, head), decays.at(chunk, head)) };
+        added(place, decay, &p, head, chunks[chunk].range());
     });
-    let total = |chunk: usize, head: usize| &totals[(chunk * kv + head) * p.sizes.gate_dim..][..p.sizes.gate_dim];
+    let total_decay =
+        |chunk: usize, head: usize| &total_decays[(chunk * kv + head) * p.sizes.gate_dim..][..p.sizes.gate_dim];
     for_tasks(sequences.len() * kv, |task| {
         let (index, head) = (task / kv, task % kv);
         let s = sequences[index];
@@ -223,7 +224,7 @@ pub(crate) fn forward(
         }
         for chunk in firsts[index]..firsts[index] + s.len.div_ceil(CHUNK) {
             // SAFETY: each (chunk, head) belongs to one sequence.
-            pass(state, unsafe { places.at(chunk, head) }, total(chunk, head), p.axis, dv);
+            pass(state, unsafe { places.at(chunk, head) }, total_decay(chunk, head), p.axis, dv);
         }
     });
     for_tasks(chunks.len() * kv, |task| {
@@ -287,21 +288,22 @@ pub(crate) fn backward(
     // By (chunk, head): the state before it, and the gradient of the state after it. Both are chains, one from each end.
     let mut befores = vec![0.0f32; chunks.len() * kv * len];
     let mut dafters = vec![0.0f32; chunks.len() * kv * len];
-    let mut totals = vec![0.0f32; chunks.len() * kv * p.sizes.gate_dim];
+    let mut total_decays = vec![0.0f32; chunks.len() * kv * p.sizes.gate_dim];
     // By (sequence, head): the gate's gradient after the last token.
     let mut gate_sums = vec![0.0f64; sequences.len() * kv * p.sizes.gate_dim];
     let (places, dplaces) = (OfChunks::new(&mut befores, kv, len), OfChunks::new(&mut dafters, kv, len));
-    let decays = OfChunks::new(&mut totals, kv, p.sizes.gate_dim);
+    let decays = OfChunks::new(&mut total_decays, kv, p.sizes.gate_dim);
     let all_gate_sums = Disjoint::new(&mut gate_sums);
     for_tasks(chunks.len() * kv, |task| {
         let (chunk, head) = (task / kv, task % kv);
         // SAFETY: each (chunk, head) has one task.
-        let (place, dplace, total) =
+        let (place, dplace, decay) =
             unsafe { (places.at(chunk, head), dplaces.at(chunk, head), decays.at(chunk, head)) };
-        added(place, total, &p, head, chunks[chunk].range());
+        added(place, decay, &p, head, chunks[chunk].range());
         added_gradient(dplace, dout, &p, head, chunks[chunk].range());
     });
-    let total = |chunk: usize, head: usize| &totals[(chunk * kv + head) * p.sizes.gate_dim..][..p.sizes.gate_dim];
+    let total_decay =
+        |chunk: usize, head: usize| &total_decays[(chunk * kv + head) * p.sizes.gate_dim..][..p.sizes.gate_dim];
     for_tasks(2 * sequences.len() * kv, |task| {
         let (index, head) = (task / 2 / kv, task / 2 % kv);
         let s = sequences[index];
@@ -313,7 +315,7 @@ pub(crate) fn backward(
             }
             for chunk in own {
                 // SAFETY: each (chunk, head) has one such task.
-                pass(&mut state, unsafe { places.at(chunk, head) }, total(chunk, head), p.axis, dv);
+                pass(&mut state, unsafe { places.at(chunk, head) }, total_decay(chunk, head), p.axis, dv);
             }
             if let Some(dlast) = &dlast {
                 // SAFETY: each (sequence, head) has one such task.
@@ -330,7 +332,7 @@ pub(crate) fn backward(
             }
             for chunk in own.rev() {
                 // SAFETY: each (chunk, head) has one such task.
-                pass(&mut state, unsafe { dplaces.at(chunk, head) }, total(chunk, head), p.axis, dv);
+                pass(&mut state, unsafe { dplaces.at(chunk, head) }, total_decay(chunk, head), p.axis, dv);
             }
             if let Some(dstates) = &dstates {
                 // SAFETY: as above.

@@ -9,21 +9,21 @@ use crate::gemm::rows;
 use crate::math::{add_scaled, exp};
 use crate::parallel::{Disjoint, vectorized};
 
-/// What a chunk adds to the state `[Dk, Dv]`: k^T v with the gated one decayed to the chunk's end. `total` gets the decay of what
+/// What a chunk adds to the state `[Dk, Dv]`: k^T v with the gated one decayed to the chunk's end. `total_decay` gets the decay of what
 /// was there before.
-pub(super) fn added(to: &mut [f32], total: &mut [f32], p: &Problem<'_>, head: usize, range: Range<usize>) {
+pub(super) fn added(to: &mut [f32], total_decay: &mut [f32], p: &Problem<'_>, head: usize, range: Range<usize>) {
     let (dk, dv, len) = (p.sizes.heads.dim, p.sizes.value_dim, range.len());
     let mut k = p.kv_rows(p.k, dk, head, range.clone());
     let mut v = p.kv_rows(p.v, dv, head, range.clone());
     let gates = p.gates(head, range);
     let gated = if p.axis == GateAxis::Key { &mut k[..] } else { &mut v[..] };
     let mut sum = vec![0.0f32; p.sizes.gate_dim];
-    total.fill(1.0);
+    total_decay.fill(1.0);
     vectorized!(|| {
         for (x, gates) in gated.chunks_exact_mut(sum.len()).zip(gates.chunks_exact(sum.len())).rev() {
-            x.iter_mut().zip(&*total).for_each(|(x, decay)| *x *= decay);
+            x.iter_mut().zip(&*total_decay).for_each(|(x, decay)| *x *= decay);
             add_scaled(&mut sum, 1.0, gates);
-            total.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
+            total_decay.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
         }
     },);
     p.alone.matmul((to, dv), (dk, dv, len), (rows(&k, dk).t(), rows(&v, dv)), 1.0, false);
@@ -49,19 +49,20 @@ pub(super) fn added_gradient(to: &mut [f32], dout: &[f32], p: &Problem<'_>, head
     p.alone.matmul((to, dv), (dk, dv, count), (rows(&q, dk).t(), rows(&dout, dv)), 1.0, false);
 }
 
-/// Moves the state over a chunk. `place` holds what the chunk adds, and then the state that was there before.
-pub(super) fn pass(state: &mut [f32], place: &mut [f32], total: &[f32], axis: GateAxis, dv: usize) {
+/// Moves the state over a chunk, or its gradient from the chunk's end to its start. `place` holds what the chunk adds, and afterwards
+/// what was there before it was moved.
+pub(super) fn pass(state: &mut [f32], place: &mut [f32], total_decay: &[f32], axis: GateAxis, dv: usize) {
     vectorized!(|| {
         for (d, (row, place)) in state.chunks_exact_mut(dv).zip(place.chunks_exact_mut(dv)).enumerate() {
             let both = row.iter_mut().zip(place);
             match axis {
                 GateAxis::Key => {
                     for (state, place) in both {
-                        (*state, *place) = (total[d] * *state + *place, *state);
+                        (*state, *place) = (total_decay[d] * *state + *place, *state);
                     }
                 }
                 GateAxis::Value => {
-                    for ((state, place), decay) in both.zip(total) {
+                    for ((state, place), decay) in both.zip(total_decay) {
                         (*state, *place) = (decay * *state + *place, *state);
                     }
                 }
