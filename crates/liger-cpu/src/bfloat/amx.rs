@@ -21,12 +21,13 @@ const DEPTH: usize = 320;
 /// # Safety
 /// The CPU must have the tiles' products of bfloat16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
+pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>, rows: Range<usize>) {
     let (terms, together) = (work.terms, work.rows_together);
-    let groups = work.rows.div_ceil(together);
+    let groups = rows.end.div_ceil(together);
     assert!(
         terms.is_multiple_of(STEP)
-            && (together == SIDE || work.rows.is_multiple_of(SIDE))
+            && rows.start.is_multiple_of(SIDE)
+            && (together == SIDE || rows.end.is_multiple_of(SIDE))
             && (groups == 0 || work.a.len() >= together * ((groups - 1) * work.stride + terms / 2))
     );
     let mut apart = [0.0f32; 2 * SIDE * SIDE];
@@ -43,8 +44,8 @@ pub(super) unsafe fn multiply<C: Output>(work: Work<'_, C>) {
     // Tiles 0 and 1 are sums, 2 rows, 3 outputs.
     // SAFETY: as this function's.
     unsafe { tiles::configure(&[(SIDE as u8, 64); 4]) };
-    for row in (0..work.rows).step_by(2 * SIDE) {
-        let rows = row..work.rows.min(row + 2 * SIDE);
+    for row in rows.clone().step_by(2 * SIDE) {
+        let rows = row..rows.end.min(row + 2 * SIDE);
         for from in (0..terms).step_by(depth) {
             let terms = from..terms.min(from + depth);
             for p in (Work { accumulate: work.accumulate || from > 0, ..work }).panels() {

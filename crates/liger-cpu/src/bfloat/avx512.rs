@@ -15,7 +15,7 @@ use crate::prefetch::prefetch;
 /// Floats of a register.
 const LANES: usize = 16;
 /// Registers of sums in a tile.
-const SUMS: usize = 24;
+pub(super) const SUMS: usize = 24;
 
 /// Bytes of rows that stay in a core's second cache while the panels go by, one after the other.
 const CACHED: usize = 512 << 10;
@@ -27,11 +27,11 @@ pub(super) fn panel(outputs: usize) -> usize {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) fn multiply<C: Output>(work: Work<'_, C>) {
+pub(super) fn multiply<C: Output>(work: Work<'_, C>, rows: Range<usize>) {
     // A multiple of the rows of both tiles.
     let stretch = (CACHED / (2 * work.terms)).next_multiple_of(SUMS);
-    for row in (0..work.rows).step_by(stretch) {
-        let rows = row..work.rows.min(row + stretch);
+    for row in rows.clone().step_by(stretch) {
+        let rows = row..rows.end.min(row + stretch);
         for panel in work.panels() {
             match work.panel / LANES {
                 2 => block::<C, 2>(&panel, rows.clone()),
@@ -111,7 +111,7 @@ fn tile<C: Output, const R: usize, const V: usize>(p: &Block<'_, C>, row: usize)
     for v in 0..V {
         let mask = if is_whole { u16::MAX } else { (((1u64 << p.count) - 1) >> (v * LANES)) as u16 };
         for r in 0..R {
-            // SAFETY: the panel's outputs of one of these rows; a task has panels of its own.
+            // SAFETY: the panel's outputs of one of these rows, which are the task's own.
             unsafe { C::store(out.add(r * p.width + v * LANES), mask, scale, sums[r][v], p.accumulate) };
         }
     }

@@ -1,9 +1,10 @@
 //! Products on CPUs that multiply bfloat16 themselves: float32 operands are rounded to it, sums are float32. [`product`] is that of
 //! activations with weights in bfloat16, or unpacked to it, by all threads; [`few::product`] the same for few rows; [`product_alone`] that of two float32 matrices which stay in a thread's caches.
 //!
-//! But for few rows the weights are cut into panels of 16, 32 or 48 outputs. A task packs some panels, some terms of the sum at a time, into memory that
-//! stays in its cache, and goes through all rows of the activations with them, in the order that suits the kernel: packing
-//! costs as much as a few rows. Memory for all that is kept from call to call: fresh pages cost more than the work.
+//! But for few rows the weights are cut into panels of 16, 32 or 48 outputs. As many as stay in the threads' caches are packed at a time, some terms of
+//! the sum, and all rows of the activations go by them, in the order that suits the kernel: packing costs as much as a few rows. A thread begins
+//! with the panels that it packed itself; one that is done takes rows of the others. Memory for all that is kept from call to call: fresh
+//! pages cost more than the work.
 
 mod amx;
 mod avx512;
@@ -64,12 +65,11 @@ impl Kernel {
         }
     }
 
-    /// Tasks that each thread gets at least, where there are so many panels. Each task reads all rows: beside AMX's speed to read them
-    /// once more costs more than a thread that waits for another.
-    fn tasks_of_a_thread(self) -> usize {
+    /// Rows that a task's are a multiple of.
+    fn rows(self) -> usize {
         match self {
-            Self::Amx => 1,
-            Self::Avx512Bf16 => 2,
+            Self::Amx => 2 * SIDE,
+            Self::Avx512Bf16 => avx512::SUMS,
         }
     }
 }
@@ -102,12 +102,11 @@ struct Work<'a, C> {
     a: &'a [Pair],
     rows_together: usize,
     stride: usize,
-    rows: usize,
     /// Panels `[terms / 2, panel]`, one after the other.
     b: &'a [Pair],
     panel: usize,
     terms: usize,
-    /// Where the outputs of the first row are, and how far apart rows are.
+    /// `[m, width]`, of which some outputs are meant.
     c: &'a Disjoint<'a, C>,
     first: usize,
     width: usize,
@@ -141,7 +140,7 @@ impl<C: Output> Block<'_, C> {
     /// The panel's outputs of a row.
     #[allow(clippy::mut_from_ref)]
     fn outputs(&self, row: usize) -> &mut [C] {
-        // SAFETY: tasks have distinct panels, and a kernel holds one row of its panel at a time.
+        // SAFETY: tasks have distinct rows of a panel, and a kernel holds one of them at a time.
         unsafe { self.c.slice(row * self.width + self.first, self.count) }
     }
 
@@ -176,42 +175,37 @@ pub(crate) fn product<C: Output, A: Source>(
     let c = &Disjoint::new(c);
     let (depth, cached) = kernel.depth_and_cached();
     let depth = depth.min(2 * stride);
-    // As many panels together as stay in the cache, if that leaves every thread some tasks.
+    // As many panels together as stay in a core's cache, cut evenly: one such group for each thread is packed at a time.
     let panels = n.div_ceil(panel);
-    let panels_together = (cached / (2 * depth * panel)).min(panels / (kernel.tasks_of_a_thread() * threads())).max(1);
-    // Cut evenly: of 18 panels for two threads, tasks of 4, 4, 4, 4 and 2 would leave one thread waiting.
-    let tasks = panels.div_ceil(panels_together).next_multiple_of(threads());
-    for_tasks(tasks, |task| {
-        let outputs = panels * task / tasks * panel..n.min(panels * (task + 1) / tasks * panel);
-        if outputs.is_empty() {
-            return;
-        }
-        let mut packed = PACKED.take();
+    let together = (cached / (2 * depth * panel)).min(panels.div_ceil(threads())).max(1);
+    let groups = panels.div_ceil(together).next_multiple_of(threads()).min(panels);
+    let outputs_before = |group: usize| n.min(panels * group / groups * panel);
+    // More tasks would be taken over from a thread that is hardly slower, and the panels with them come from the other core's cache.
+    let rows_of_a_task = m.div_ceil(4).next_multiple_of(kernel.rows());
+    let row_blocks = m.div_ceil(rows_of_a_task);
+    let mut packed = PACKED.take();
+    for first in (0..groups).step_by(threads()) {
+        let groups = first..groups.min(first + threads());
+        let outputs = outputs_before(groups.start)..outputs_before(groups.end);
         for from in (0..k).step_by(depth) {
             let terms = from..k.min(from + depth);
-            let b = packed_panels(panel, &mut packed, b, outputs.clone(), terms.clone());
+            let b = packed_panels(panel, &mut packed, b, outputs.clone(), terms.clone(), 4 * threads());
             let (a, terms) = (&a[from / 2 * rows_together..], terms.len().next_multiple_of(STEP));
-            let (first, count) = (outputs.start, outputs.len());
             let accumulate = accumulate || from > 0;
-            let work = Work {
-                a,
-                rows_together,
-                stride,
-                rows: m,
-                b,
-                panel,
-                terms,
-                c,
-                first,
-                width: n,
-                count,
-                scale,
-                accumulate,
-            };
-            multiply(kernel, work);
+            for_tasks(groups.len() * row_blocks, |task| {
+                let group = groups.start + task / row_blocks;
+                let (first, end) = (outputs_before(group), outputs_before(group + 1));
+                let row = task % row_blocks * rows_of_a_task;
+                let rows = row..m.min(row + rows_of_a_task);
+                let b = &b[(first - outputs.start) * terms / 2..];
+                let count = end - first;
+                let work =
+                    Work { a, rows_together, stride, b, panel, terms, c, first, width: n, count, scale, accumulate };
+                multiply(kernel, work, rows);
+            });
         }
-        PACKED.set(packed);
-    });
+    }
+    PACKED.set(packed);
     ROUNDED.set(rounded);
 }
 
@@ -234,11 +228,10 @@ pub(crate) fn product_alone(
     let narrow = rounded.as_mut_slice::<Pair>();
     // SAFETY: `available` found the instructions.
     unsafe { pack(narrow, Layout::Rows { together: rows_together }, a, 0..m, 0..k) };
-    let b = packed_panels(panel, &mut packed, b.t(), 0..n, 0..k);
+    let b = packed_panels(panel, &mut packed, b.t(), 0..n, 0..k, 1);
     let (a, c, terms) = (&*narrow, &Disjoint::new(c), 2 * stride);
-    let work =
-        Work { a, rows_together, stride, rows: m, b, panel, terms, c, first: 0, width, count: n, scale, accumulate };
-    multiply(kernel, work);
+    let work = Work { a, rows_together, stride, b, panel, terms, c, first: 0, width, count: n, scale, accumulate };
+    multiply(kernel, work, 0..m);
     PACKED.set(packed);
     ROUNDED.set(rounded);
 }
@@ -262,20 +255,28 @@ fn packed_rows<'a, A: Source>(layout: Layout, memory: &'a mut Lines, a: &'a [A],
     &memory.as_slice::<Pair>()[..len]
 }
 
-/// Panels of some outputs of `b [outputs, terms]`.
+/// Panels of some outputs of `b [outputs, terms]`, packed in so many tasks.
 fn packed_panels(
     panel: usize,
     memory: &mut Lines,
     b: impl Blocks,
     outputs: Range<usize>,
     terms: Range<usize>,
+    tasks: usize,
 ) -> &[Pair] {
-    let len = outputs.len().next_multiple_of(panel) * terms.len().next_multiple_of(STEP) / 2;
-    memory.reserve::<Pair>(len);
-    let panels = &mut memory.as_mut_slice::<Pair>()[..len];
-    // SAFETY: `available` found the instructions.
-    unsafe { pack(panels, Layout::Panels { width: panel }, b, outputs, terms) };
-    panels
+    let (panels, panel_len) = (outputs.len().div_ceil(panel), panel * terms.len().next_multiple_of(STEP) / 2);
+    memory.reserve::<Pair>(panels * panel_len);
+    let all = Disjoint::new(&mut memory.as_mut_slice::<Pair>()[..panels * panel_len]);
+    for_tasks(tasks, |task| {
+        let part = panels * task / tasks..panels * (task + 1) / tasks;
+        let outputs = outputs.start + part.start * panel..outputs.end.min(outputs.start + part.end * panel);
+        // SAFETY: tasks have distinct panels, and `available` found the instructions.
+        unsafe {
+            let to = all.slice(part.start * panel_len, part.len() * panel_len);
+            pack(to, Layout::Panels { width: panel }, b, outputs, terms.clone());
+        }
+    });
+    &memory.as_slice::<Pair>()[..panels * panel_len]
 }
 
 /// A register as the instructions take it.
@@ -286,19 +287,19 @@ fn as_bfloat16(bits: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(bits) }
 }
 
-fn multiply<C: Output>(kernel: Kernel, work: Work<'_, C>) {
+fn multiply<C: Output>(kernel: Kernel, work: Work<'_, C>, rows: Range<usize>) {
     match kernel {
         // SAFETY: `available` found the instructions.
-        Kernel::Amx => unsafe { amx::multiply(work) },
+        Kernel::Amx => unsafe { amx::multiply(work, rows) },
         // SAFETY: as above.
-        Kernel::Avx512Bf16 => unsafe { avx512::multiply(work) },
+        Kernel::Avx512Bf16 => unsafe { avx512::multiply(work, rows) },
     }
 }
 
 thread_local! {
     /// Activations of a product that this thread asked for.
     static ROUNDED: Cell<Lines> = Cell::default();
-    /// Panels of a task.
+    /// Panels of a product that this thread asked for.
     static PACKED: Cell<Lines> = Cell::default();
     /// Sums of some rows and a task's outputs, where they are not added up in place.
     static STRIP: Cell<Lines> = Cell::default();
@@ -373,6 +374,7 @@ mod tests {
             (48, 50, 672),
             (64, 31, 1100),
             (100, 64, 2049),
+            (3, 600, 2049),
         ];
         for sizes in sizes {
             check::<f32, f32>(sizes);
