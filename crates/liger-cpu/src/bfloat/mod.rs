@@ -175,7 +175,7 @@ pub(crate) fn product<C: Output, A: Source>(
     let c = &Disjoint::new(c);
     let (depth, cached) = kernel.depth_and_cached();
     let depth = depth.min(2 * stride);
-    // As many panels together as stay in a core's cache, cut evenly: one such group for each thread is packed at a time.
+    // As many panels together as stay in a core's cache, cut evenly.
     let panels = n.div_ceil(panel);
     let together = (cached / (2 * depth * panel)).min(panels.div_ceil(threads())).max(1);
     let groups = panels.div_ceil(together).next_multiple_of(threads()).min(panels);
@@ -183,10 +183,9 @@ pub(crate) fn product<C: Output, A: Source>(
     // More tasks would be taken over from a thread that is hardly slower, and the panels with them come from the other core's cache.
     let rows_of_a_task = m.div_ceil(4).next_multiple_of(kernel.rows());
     let row_blocks = m.div_ceil(rows_of_a_task);
-    let mut packed = PACKED.take();
-    for first in (0..groups).step_by(threads()) {
-        let groups = first..groups.min(first + threads());
+    let multiply_groups = |groups: Range<usize>| {
         let outputs = outputs_before(groups.start)..outputs_before(groups.end);
+        let mut packed = PACKED.take();
         for from in (0..k).step_by(depth) {
             let terms = from..k.min(from + depth);
             let b = packed_panels(panel, &mut packed, b, outputs.clone(), terms.clone(), 4 * threads());
@@ -204,8 +203,14 @@ pub(crate) fn product<C: Output, A: Source>(
                 multiply(kernel, work, rows);
             });
         }
+        PACKED.set(packed);
+    };
+    // Where there are many groups, a thread that is faster takes more of them. Few are packed and multiplied by all threads.
+    if groups >= 8 * threads() {
+        for_tasks(groups, |group| multiply_groups(group..group + 1));
+    } else {
+        (0..groups).step_by(threads()).for_each(|first| multiply_groups(first..groups.min(first + threads())));
     }
-    PACKED.set(packed);
     ROUNDED.set(rounded);
 }
 
@@ -375,6 +380,7 @@ mod tests {
             (64, 31, 1100),
             (100, 64, 2049),
             (3, 600, 2049),
+            (1, 4200, 2049),
         ];
         for sizes in sizes {
             check::<f32, f32>(sizes);
