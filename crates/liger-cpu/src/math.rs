@@ -127,6 +127,13 @@ pub(crate) fn maximum(row: &[f32]) -> f32 {
             lanes[lane] = if chunk[lane] > lanes[lane] { chunk[lane] } else { lanes[lane] };
         }
     }
+    let largest = largest(lanes);
+    if largest > rest { largest } else { rest }
+}
+
+/// Largest of 16 lanes, by halves as [`reduce`].
+#[inline(always)]
+pub(crate) fn largest(mut lanes: [f32; 16]) -> f32 {
     let mut half = 8;
     while half > 0 {
         for i in 0..half {
@@ -134,7 +141,7 @@ pub(crate) fn maximum(row: &[f32]) -> f32 {
         }
         half /= 2;
     }
-    if lanes[0] > rest { lanes[0] } else { rest }
+    lanes[0]
 }
 
 #[cfg(test)]

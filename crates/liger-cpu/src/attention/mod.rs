@@ -6,6 +6,7 @@
 
 mod cache;
 mod kept;
+mod probabilities;
 mod step;
 
 use liger_tensor::checks::{self, Heads, same_length};
@@ -16,11 +17,13 @@ use liger_tensor::{
 use self::cache::Rows;
 pub(crate) use self::kept::novelty;
 use self::kept::{Held, Kept, Key, Turns};
+use self::probabilities::{columns, probabilities};
 use self::step::step;
 use crate::elementwise::softmax_backward_row;
 use crate::gemm::{Alone, rows};
-use crate::math::{add_scaled, softmax};
+use crate::math::add_scaled;
 use crate::parallel::{Disjoint, for_tasks, threads, vectorized};
+use crate::prefetch::prefetch;
 
 /// Most queries of a block.
 const BLOCK: usize = 64;
@@ -65,11 +68,14 @@ impl Source<'_> {
         }
     }
 
+    /// Rows of all that is seen, and zeros up to the number of [`columns`].
     fn gather(&self, seen: &[Seen]) -> Vec<f32> {
-        let mut rows = Vec::with_capacity(seen.len() * self.heads.dim);
+        let count = columns(seen) * self.heads.dim;
+        let mut rows = Vec::with_capacity(count);
         for seen in seen {
             self.append(seen.key, &mut rows);
         }
+        rows.resize(count, 0.0);
         rows
     }
 
@@ -120,46 +126,6 @@ fn visible(spec: AttentionSpec, kept: Option<&Kept>, oldest: usize, from: usize,
 /// What moves kept keys on; nothing where none are kept.
 fn turns_of(inputs: &Attention<'_>) -> Result<Turns> {
     inputs.keeping.map_or(Ok(Turns::default()), |Keeping { frequencies, .. }| Turns::of(frequencies))
-}
-
-/// Scores of one block, soft-maxed: row (i, g) against the visible keys.
-fn probabilities(
-    (q, k): (&[f32], &[f32]),
-    spec: AttentionSpec,
-    from: usize,
-    seen: &[Seen],
-    h: Heads,
-    alone: Alone,
-) -> Vec<f32> {
-    let (group, n) = (h.group(), seen.len());
-    let count = q.len() / h.dim;
-    let mut scores = vec![0.0f32; count * n];
-    let scale = 1.0 / (h.dim as f32).sqrt();
-    let sizes = (count, n, h.dim);
-    alone.matmul((&mut scores, n), sizes, (rows(q, h.dim), rows(k, h.dim).t()), scale, false);
-    // The last keys are those of neighbouring tokens, up to the block's last one; all that stand before them are seen by all.
-    let to = from + count / group;
-    let window_keys = seen.iter().rev().zip((0..to).rev()).take_while(|(seen, t)| seen.key == Key::At(*t)).count();
-    let column = |position: usize| n - (to - position).min(window_keys);
-    // Of a block within one stretch all queries see the same kept keys and the same window.
-    let window = spec.window.filter(|_| spec.kept == 0);
-    vectorized!(|| {
-        for (r, row) in scores.chunks_exact_mut(n).enumerate() {
-            let position = from + r / group;
-            let (row, later) = row.split_at_mut(column(position) + 1);
-            later.fill(0.0);
-            let start = window.map_or(0, |w| (position + 1).saturating_sub(w));
-            let hidden = if spec.sinks < start { column(spec.sinks)..column(start) } else { 0..0 };
-            if hidden.start == 0 {
-                row[hidden.clone()].fill(0.0);
-                softmax(&mut row[hidden.end..]);
-            } else {
-                row[hidden].fill(f32::NEG_INFINITY);
-                softmax(row);
-            }
-        }
-    },);
-    scores
 }
 
 fn gather_queries(x: &[f32], heads: Heads, head: usize, range: std::ops::Range<usize>) -> Vec<f32> {
@@ -226,12 +192,14 @@ pub(crate) fn forward(
         let seen = visible(spec, kept, oldest, from, to);
         let queries = gather_queries(q, heads, head, sequence.start + first..sequence.start + last);
         let p = probabilities((&queries, &keys.gather_keys(&seen, &turns)), spec, from, &seen, heads, alone);
-        let (count, d) = (queries.len() / heads.dim, heads.dim);
+        let (count, d, n) = (queries.len() / heads.dim, heads.dim, columns(&seen));
         let mut block = queries; // its memory takes the result
         let values = values.gather(&seen);
-        let sizes = (count, d, seen.len());
-        alone.matmul((&mut block, d), sizes, (rows(&p, seen.len()), rows(&values, d)), 1.0, false);
         let width = heads.group() * d;
+        for t in 0..last - first {
+            prefetch(out.pointer(query_at(heads, sequence.start + first + t, head), width), width);
+        }
+        alone.matmul((&mut block, d), (count, d, n), (rows(&p, n), rows(&values, d)), 1.0, false);
         for (t, row) in block.chunks_exact(width).enumerate() {
             // SAFETY: each (token, head) belongs to exactly one task.
             unsafe { out.slice(query_at(heads, sequence.start + first + t, head), width) }.copy_from_slice(row);
@@ -244,7 +212,7 @@ pub(crate) fn forward(
     Ok(())
 }
 
-/// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q.
+/// With P the probabilities: dV = P^T dO, dP = dO V^T, dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
 pub(crate) fn backward(
     gradients: AttentionGradients<'_>,
     inputs: Attention<'_>,
@@ -264,7 +232,7 @@ pub(crate) fn backward(
     let (dq, dk, dv) =
         (Disjoint::new(dq.as_f32_mut()?), Disjoint::new(dk.as_f32_mut()?), Disjoint::new(dv.as_f32_mut()?));
     let d = heads.dim;
-    let width = heads.group() * d;
+    let (width, scale) = (heads.group() * d, 1.0 / (d as f32).sqrt());
     // Blocks of one head add to the gradients of the same keys: where there are few heads, several runs of blocks do so apart.
     let pairs = sequences.list().len() * heads.kv;
     let runs = (4 * threads()).div_ceil(pairs.max(1));
@@ -285,7 +253,7 @@ pub(crate) fn backward(
             let block = sequence.start + first..sequence.start + last;
             let queries = gather_queries(q, heads, head, block.clone());
             let dblock = gather_queries(dout, heads, head, block);
-            let (count, n) = (queries.len() / d, seen.len());
+            let (count, n) = (queries.len() / d, columns(&seen));
             let p = probabilities((&queries, &keys), spec, start + first, &seen, heads, alone);
 
             let mut block_dv = vec![0.0f32; n * d];
@@ -295,11 +263,13 @@ pub(crate) fn backward(
             vectorized!(|| {
                 ds.chunks_exact_mut(n).zip(p.chunks_exact(n)).for_each(|(ds, p)| softmax_backward_row(ds, p));
             },);
-            let scale = 1.0 / (d as f32).sqrt();
+            for t in first..last {
+                prefetch(dq.pointer(query_at(heads, sequence.start + t, head), width), width);
+            }
             let mut block_dq = vec![0.0f32; count * d];
-            alone.matmul((&mut block_dq, d), (count, d, n), (rows(&ds, n), rows(&keys, d)), scale, false);
+            alone.matmul((&mut block_dq, d), (count, d, n), (rows(&ds, n), rows(&keys, d)), 1.0, false);
             let mut block_dk = vec![0.0f32; n * d];
-            alone.matmul((&mut block_dk, d), (n, d, count), (rows(&ds, n).t(), rows(&queries, d)), scale, false);
+            alone.matmul((&mut block_dk, d), (n, d, count), (rows(&ds, n).t(), rows(&queries, d)), 1.0, false);
 
             for (i, seen) in seen.iter().enumerate() {
                 let Key::At(position) = seen.key else { continue };
@@ -307,12 +277,15 @@ pub(crate) fn backward(
                     turns.turn(&mut block_dk[i * d..(i + 1) * d], -(seen.turn as i64));
                 }
                 let to = (position - start) * d..(position - start + 1) * d;
-                add_scaled(&mut all_dk[to.clone()], 1.0, &block_dk[i * d..(i + 1) * d]);
-                add_scaled(&mut all_dv[to], 1.0, &block_dv[i * d..(i + 1) * d]);
+                vectorized!(|| {
+                    add_scaled(&mut all_dk[to.clone()], scale, &block_dk[i * d..(i + 1) * d]);
+                    add_scaled(&mut all_dv[to.clone()], 1.0, &block_dv[i * d..(i + 1) * d]);
+                },);
             }
             for (t, row) in block_dq.chunks_exact(width).enumerate() {
                 // SAFETY: each (token, head) belongs to exactly one task.
-                unsafe { dq.slice(query_at(heads, sequence.start + first + t, head), width) }.copy_from_slice(row);
+                let to = unsafe { dq.slice(query_at(heads, sequence.start + first + t, head), width) };
+                to.iter_mut().zip(row).for_each(|(to, x)| *to = scale * x);
             }
         }
         // SAFETY: each task has its own.
