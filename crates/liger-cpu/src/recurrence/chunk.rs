@@ -43,15 +43,28 @@ pub(crate) struct Chunk<'a> {
     totals: Vec<f32>,
 }
 
+/// Whether gates `[tokens, D]` add up to little in every dimension.
+#[inline(always)]
+fn is_mild(gates: &[f32], dim: usize) -> bool {
+    let mut sum = vec![0.0f32; dim];
+    gates.chunks_exact(dim).for_each(|row| add_scaled(&mut sum, 1.0, row));
+    sum.iter().all(|&sum| sum >= MILD)
+}
+
+/// Sets `a [rows, G, columns]`, whose first row is that of token `first`, to zero where the column's token is later than the row's.
+pub(super) fn hide_later(a: &mut [f32], first: usize, columns: usize, group: usize) {
+    vectorized!(|| {
+        for (row, a) in a.chunks_exact_mut(columns).enumerate() {
+            let i = (first + row / group) as u32;
+            (0u32..).zip(a).for_each(|(j, a)| *a = if j > i { 0.0 } else { *a });
+        }
+    },);
+}
+
 impl<'a> Chunk<'a> {
     pub(crate) fn new(gates: &'a [f32], dim: usize, group: usize, alone: Alone) -> Self {
         let len = gates.len() / dim;
-        let is_mild = |gates: &[f32]| {
-            let mut sum = vec![0.0f32; dim];
-            gates.chunks_exact(dim).for_each(|row| add_scaled(&mut sum, 1.0, row));
-            sum.iter().all(|&sum| sum >= MILD)
-        };
-        let sub_len = if is_mild(gates) { CHUNK } else { SUB };
+        let sub_len = if vectorized!(|| is_mild(gates, dim)) { CHUNK } else { SUB };
         let subs = len.div_ceil(sub_len);
         let mut chunk = Self {
             gates,
@@ -60,7 +73,7 @@ impl<'a> Chunk<'a> {
             group,
             alone,
             sub_len,
-            is_mild: gates.chunks(sub_len * dim).map(is_mild).collect(),
+            is_mild: vectorized!(|| gates.chunks(sub_len * dim).map(|gates| is_mild(gates, dim)).collect()),
             row_decay: vec![0.0; gates.len()],
             inverse_decay: vec![0.0; gates.len()],
             to_sub_end: vec![0.0; gates.len()],
@@ -72,21 +85,21 @@ impl<'a> Chunk<'a> {
                 let total = &mut chunk.totals[sub * dim..(sub + 1) * dim];
                 for i in range.clone() {
                     add_scaled(total, 1.0, &gates[i * dim..(i + 1) * dim]);
-                    for (decay, sum) in chunk.row_decay[i * dim..(i + 1) * dim].iter_mut().zip(&*total) {
-                        *decay = exp(*sum);
-                    }
-                    if chunk.is_mild[sub] {
-                        let inverse = &mut chunk.inverse_decay[i * dim..(i + 1) * dim];
-                        inverse.iter_mut().zip(&*total).for_each(|(inverse, sum)| *inverse = exp(-sum));
-                    }
+                    chunk.row_decay[i * dim..(i + 1) * dim].copy_from_slice(total);
                 }
-                for i in range.rev().skip(1) {
+                for i in range.clone().rev().skip(1) {
                     let (now, after) = chunk.to_sub_end[i * dim..(i + 2) * dim].split_at_mut(dim);
                     for d in 0..dim {
                         now[d] = after[d] + gates[(i + 1) * dim + d];
                     }
                 }
+                if chunk.is_mild[sub] {
+                    let of_sub = range.start * dim..range.end * dim;
+                    let sums = &chunk.row_decay[of_sub.clone()];
+                    chunk.inverse_decay[of_sub].iter_mut().zip(sums).for_each(|(inverse, sum)| *inverse = exp(-sum));
+                }
             }
+            chunk.row_decay.iter_mut().for_each(|sum| *sum = exp(*sum));
         },);
         chunk
     }
@@ -210,11 +223,8 @@ impl<'a> Chunk<'a> {
                 self.alone.matmul((&mut a[first..], len), sizes, (x_rows, y_columns), 1.0, false);
             }
             if self.is_mild[sub] {
-                for i in range.clone() {
-                    for row in i * group..(i + 1) * group {
-                        a[row * len + i + 1..row * len + range.end].fill(0.0);
-                    }
-                }
+                // Behind the sub-chunk nothing was written.
+                hide_later(&mut a[range.start * group * len..range.end * group * len], range.start, len, group);
                 continue;
             }
             vectorized!(|| {

@@ -18,7 +18,8 @@ use liger_tensor::{GateAxis, Recurrence, RecurrenceGradients, Result, Sequence, 
 use crate::gemm::{Alone, Matrix, rows};
 use crate::math::{add_scaled, exp};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
-use chunk::{CHUNK, Chunk};
+use crate::prefetch::prefetch;
+use chunk::{CHUNK, Chunk, hide_later};
 use states::{OfChunks, added, added_gradient, pass};
 
 /// exp(-40) is nothing beside any sum in float32; below it a chunk's sums would swallow the small gates.
@@ -74,7 +75,7 @@ impl<'a> Problem<'a> {
     /// Log gates of one head, none below [`LOWEST_GATE`].
     fn gates(&self, head: usize, range: Range<usize>) -> Vec<f32> {
         let mut gates = self.kv_rows(self.gate, self.sizes.gate_dim, head, range);
-        gates.iter_mut().for_each(|g| *g = g.max(LOWEST_GATE));
+        vectorized!(|| gates.iter_mut().for_each(|g| *g = g.max(LOWEST_GATE)),);
         gates
     }
 
@@ -114,14 +115,23 @@ fn times_decay(x: &[f32], decay: &[f32], dim: usize, group: usize) -> Vec<f32> {
     out
 }
 
+/// `to + x [C, G, D] * decay [C, D]`.
+fn plus_decayed(mut to: Vec<f32>, x: &[f32], decay: &[f32], dim: usize, group: usize) -> Vec<f32> {
+    vectorized!(|| {
+        for (row, (to, x)) in to.chunks_exact_mut(dim).zip(x.chunks_exact(dim)).enumerate() {
+            let i = row / group;
+            to.iter_mut().zip(x).zip(&decay[i * dim..(i + 1) * dim]).for_each(|((to, x), e)| *to += x * e);
+        }
+    },);
+    to
+}
+
 /// q_i k_j for j <= i, else 0: `[C, G, C]`.
 fn ungated_scores(x: &[f32], y: &[f32], dim: usize, group: usize, alone: Alone) -> Vec<f32> {
     let (len, count) = (y.len() / dim, x.len() / dim);
     let mut a = vec![0.0f32; count * len];
     alone.matmul((&mut a, len), (count, len, dim), (rows(x, dim), rows(y, dim).t()), 1.0, false);
-    for (row, a) in a.chunks_exact_mut(len).enumerate() {
-        a[row / group + 1..].fill(0.0);
-    }
+    hide_later(&mut a, 0, len, group);
     a
 }
 
@@ -142,10 +152,8 @@ fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -
         GateAxis::Value => {
             let mut out = vec![0.0f32; count * dv];
             p.add_product(&mut out, (count, dv, dk), rows(&c.q, dk), rows(state, dv));
-            let mut out = times_decay(&out, &from_start, dv, group);
             let inner = chunk.to_rows(&ungated_scores(&c.q, &c.k, dk, group, p.alone), &c.v);
-            add_scaled(&mut out, 1.0, &inner);
-            out
+            plus_decayed(inner, &out, &from_start, dv, group)
         }
     }
 }
@@ -188,8 +196,9 @@ pub(crate) fn forward(
     };
     let out = Disjoint::new(out.as_f32_mut()?);
     let width = group * dv;
+    let out_at = |t: usize, head: usize| (t * p.sizes.heads.query + head * group) * dv;
     // SAFETY: each (token, head) belongs to exactly one task.
-    let out_row = |t: usize, head: usize| unsafe { out.slice((t * p.sizes.heads.query + head * group) * dv, width) };
+    let out_row = |t: usize, head: usize| unsafe { out.slice(out_at(t, head), width) };
     // What every chunk adds to the state, in any order; the state before every chunk, one after the other; the chunks' outputs, in any
     // order again. A lone token is a step.
     let mut chunks: Vec<ChunkAt> = Vec::new();
@@ -229,6 +238,7 @@ pub(crate) fn forward(
     });
     for_tasks(chunks.len() * kv, |task| {
         let (range, head) = (chunks[task / kv].range(), task % kv);
+        range.clone().for_each(|t| prefetch(out.pointer(out_at(t, head), width), width));
         let c = p.load(head, range.clone());
         let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group, p.alone);
         let block = chunk_output(&c, &chunk, &befores[task * len..(task + 1) * len], &p);
@@ -345,6 +355,7 @@ pub(crate) fn backward(
         let c = p.load(head, range.clone());
         let chunk = Chunk::new(&c.gates, p.sizes.gate_dim, group, p.alone);
         let dout = p.query_rows(dout, dv, head, range.clone());
+        out.prefetch(&p, head, range.clone());
         let at = task * len..(task + 1) * len;
         let g = chunk_gradients(&c, &chunk, &befores[at.clone()], &dafters[at], &dout, &p);
         out.store(&p, &g, head, range);
@@ -386,12 +397,10 @@ fn chunk_gradients(
             let da = ungated_scores(dout, &c.v, dv, group, p.alone);
             // dq = exp(b) (do S^T) + sum_j dA k E
             let dq = product((count, dk, dv), rows(dout, dv), rows(state, dv).t());
-            let mut dq = times_decay(&dq, &from_start, dk, group);
-            add_scaled(&mut dq, 1.0, &chunk.to_rows(&da, &c.k));
+            let dq = plus_decayed(chunk.to_rows(&da, &c.k), &dq, &from_start, dk, group);
             // dk = exp(e - b) (v dS^T) + sum_i dA q E
             let dkey = product((len, dk, dv), rows(&c.v, dv), rows(dstate, dv).t());
-            let mut dkey = times_decay(&dkey, &to_end, dk, 1);
-            add_scaled(&mut dkey, 1.0, &chunk.to_columns(&da, &c.q));
+            let dkey = plus_decayed(chunk.to_columns(&da, &c.q), &dkey, &to_end, dk, 1);
             // dv = (k exp(e - b)) dS + A^T do
             let k = times_decay(&c.k, &to_end, dk, 1);
             let mut dvalue = product((len, dv, dk), rows(&k, dk), rows(dstate, dv));
@@ -407,8 +416,7 @@ fn chunk_gradients(
             let v = times_decay(&c.v, &to_end, dv, 1);
             // dv = exp(e - b) (k dS) + sum_i A do E
             let dvalue = product((len, dv, dk), rows(&c.k, dk), rows(dstate, dv));
-            let mut dvalue = times_decay(&dvalue, &to_end, dv, 1);
-            add_scaled(&mut dvalue, 1.0, &chunk.to_columns(&a, dout));
+            let dvalue = plus_decayed(chunk.to_columns(&a, dout), &dvalue, &to_end, dv, 1);
             // dq = (do exp(b)) S^T + dA k
             let mut dq = product((count, dk, dv), rows(&dout_decayed, dv), rows(state, dv).t());
             p.add_product(&mut dq, (count, dk, len), rows(&da, len), rows(&c.k, dk));
@@ -444,18 +452,32 @@ struct Outputs<'a> {
 }
 
 impl Outputs<'_> {
+    /// Where a token's gradients of one head go, and how many numbers they are: those of queries, keys, values and the gate.
+    fn places(&self, p: &Problem<'_>, head: usize, t: usize) -> [(&Disjoint<'_>, usize, usize); 4] {
+        let (heads, row) = (p.sizes.heads, t * p.sizes.heads.kv + head);
+        let place = |to, width: usize| (to, row * width, width);
+        [
+            place(&self.q, heads.group() * heads.dim),
+            place(&self.k, heads.dim),
+            place(&self.v, p.sizes.value_dim),
+            place(&self.gate, p.sizes.gate_dim),
+        ]
+    }
+
+    /// Asks for what [`Outputs::store`] will write.
+    fn prefetch(&self, p: &Problem<'_>, head: usize, range: Range<usize>) {
+        for (to, at, width) in range.flat_map(|t| self.places(p, head, t)) {
+            prefetch(to.pointer(at, width), width);
+        }
+    }
+
     /// Scatters a chunk's gradients: of the gate, each token's own term.
     fn store(&self, p: &Problem<'_>, g: &ChunkGradients, head: usize, range: Range<usize>) {
-        let (kv, group, gate_dim) = (p.sizes.heads.kv, p.sizes.heads.group(), p.sizes.gate_dim);
         for (i, t) in range.enumerate() {
-            let write = |to: &Disjoint<'_>, from: &[f32], width: usize| {
+            for ((to, at, width), from) in self.places(p, head, t).into_iter().zip([&g.q, &g.k, &g.v, &g.gate]) {
                 // SAFETY: each (token, head) belongs to exactly one task.
-                unsafe { to.slice((t * kv + head) * width, width) }.copy_from_slice(&from[i * width..(i + 1) * width]);
-            };
-            write(&self.q, &g.q, group * p.sizes.heads.dim);
-            write(&self.k, &g.k, p.sizes.heads.dim);
-            write(&self.v, &g.v, p.sizes.value_dim);
-            write(&self.gate, &g.gate, gate_dim);
+                unsafe { to.slice(at, width) }.copy_from_slice(&from[i * width..(i + 1) * width]);
+            }
         }
     }
 

@@ -17,14 +17,17 @@ pub(super) fn added(to: &mut [f32], total_decay: &mut [f32], p: &Problem<'_>, he
     let mut v = p.kv_rows(p.v, dv, head, range.clone());
     let gates = p.gates(head, range);
     let gated = if p.axis == GateAxis::Key { &mut k[..] } else { &mut v[..] };
-    let mut sum = vec![0.0f32; p.sizes.gate_dim];
-    total_decay.fill(1.0);
+    let mut decays = vec![0.0f32; gates.len()];
+    total_decay.fill(0.0);
     vectorized!(|| {
-        for (x, gates) in gated.chunks_exact_mut(sum.len()).zip(gates.chunks_exact(sum.len())).rev() {
-            x.iter_mut().zip(&*total_decay).for_each(|(x, decay)| *x *= decay);
-            add_scaled(&mut sum, 1.0, gates);
-            total_decay.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
+        let dim = total_decay.len();
+        for (decay, gates) in decays.chunks_exact_mut(dim).zip(gates.chunks_exact(dim)).rev() {
+            decay.copy_from_slice(total_decay);
+            add_scaled(total_decay, 1.0, gates);
         }
+        total_decay.iter_mut().for_each(|sum| *sum = exp(*sum));
+        decays.iter_mut().for_each(|sum| *sum = exp(*sum));
+        gated.iter_mut().zip(&decays).for_each(|(x, decay)| *x *= decay);
     },);
     p.alone.matmul((to, dv), (dk, dv, len), (rows(&k, dk).t(), rows(&v, dv)), 1.0, false);
 }
@@ -35,14 +38,17 @@ pub(super) fn added_gradient(to: &mut [f32], dout: &[f32], p: &Problem<'_>, head
     let (mut q, mut dout) = (p.query_rows(p.q, dk, head, range.clone()), p.query_rows(dout, dv, head, range.clone()));
     let (gates, count) = (p.gates(head, range), q.len() / dk);
     let gated = if p.axis == GateAxis::Key { &mut q[..] } else { &mut dout[..] };
-    let mut sum = vec![0.0f32; p.sizes.gate_dim];
-    let mut decay = sum.clone();
+    let (mut sum, mut decays) = (vec![0.0f32; p.sizes.gate_dim], gates);
     vectorized!(|| {
-        for (x, gates) in gated.chunks_exact_mut(group * sum.len()).zip(gates.chunks_exact(sum.len())) {
+        let dim = sum.len();
+        for gates in decays.chunks_exact_mut(dim) {
             add_scaled(&mut sum, 1.0, gates);
-            decay.iter_mut().zip(&sum).for_each(|(decay, sum)| *decay = exp(*sum));
-            for x in x.chunks_exact_mut(decay.len()) {
-                x.iter_mut().zip(&decay).for_each(|(x, e)| *x *= e);
+            gates.copy_from_slice(&sum);
+        }
+        decays.iter_mut().for_each(|sum| *sum = exp(*sum));
+        for (x, decay) in gated.chunks_exact_mut(group * dim).zip(decays.chunks_exact(dim)) {
+            for x in x.chunks_exact_mut(dim) {
+                x.iter_mut().zip(decay).for_each(|(x, e)| *x *= e);
             }
         }
     },);
