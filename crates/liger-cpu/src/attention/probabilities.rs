@@ -35,9 +35,9 @@ impl Visible {
         [0..sinks, sinks.max(self.window.start / LANES * LANES)..self.window.end.next_multiple_of(LANES)]
     }
 
-    /// Sets what is not looked at inside of these vectors to what counts for nothing.
+    /// What else is in these vectors is to count for nothing.
     #[inline(always)]
-    fn hide_inside(&self, row: &mut [f32]) {
+    fn hide_others(&self, row: &mut [f32]) {
         let [sinks, window] = self.vectors();
         row[self.sinks..self.window.start.min(sinks.end)].fill(f32::NEG_INFINITY);
         row[window.start..self.window.start.max(window.start)].fill(f32::NEG_INFINITY);
@@ -64,8 +64,7 @@ pub(super) fn probabilities(
     let column = |position: usize| seen.len() - (to - position).min(window_keys);
     // Of a block within one stretch all queries see the same kept keys and the same window.
     let window = spec.window.filter(|_| spec.kept == 0);
-    let visible = |row: usize| {
-        let position = from + row / group;
+    let visible = |position: usize| {
         let end = column(position) + 1;
         let start = window.map_or(0, |w| (position + 1).saturating_sub(w));
         match spec.sinks < start {
@@ -73,19 +72,19 @@ pub(super) fn probabilities(
             false => Visible { sinks: 0, window: 0..end },
         }
     };
-    softmax(&mut scores, n, 1.0 / (h.dim as f32).sqrt(), visible);
+    let visible: Vec<Visible> = (0..count).map(|row| visible(from + row / group)).collect();
+    softmax(&mut scores, n, 1.0 / (h.dim as f32).sqrt(), &visible);
     scores
 }
 
 /// Softmax of `scale` times what each row looks at, in place; the rest is 0. What a row takes in turn, maximum, exponentials and sum,
 /// each waits for the one before: done for all rows at a time, rows do not wait for one another.
-fn softmax(scores: &mut [f32], n: usize, scale: f32, visible: impl Fn(usize) -> Visible) {
-    let mut maxima = vec![0.0f32; scores.len() / n];
+fn softmax(scores: &mut [f32], n: usize, scale: f32, visible: &[Visible]) {
+    let mut maxima = vec![0.0f32; visible.len()];
     let mut sums = maxima.clone();
     vectorized!(|| {
-        for (r, (row, max)) in scores.chunks_exact_mut(n).zip(&mut maxima).enumerate() {
-            let visible = visible(r);
-            visible.hide_inside(row);
+        for ((row, visible), max) in scores.chunks_exact_mut(n).zip(visible).zip(&mut maxima) {
+            visible.hide_others(row);
             let mut lanes = [f32::NEG_INFINITY; LANES];
             for part in visible.vectors() {
                 for x in row[part].chunks_exact(LANES) {
@@ -96,13 +95,13 @@ fn softmax(scores: &mut [f32], n: usize, scale: f32, visible: impl Fn(usize) -> 
             }
             *max = largest(lanes);
         }
-        for (r, ((row, &max), sum)) in scores.chunks_exact_mut(n).zip(&maxima).zip(&mut sums).enumerate() {
-            let [sinks, window] = visible(r).vectors();
+        for (((row, visible), &max), sum) in scores.chunks_exact_mut(n).zip(visible).zip(&maxima).zip(&mut sums) {
+            let [sinks, window] = visible.vectors();
             let lanes = exponentials(&mut row[sinks], max, scale, [0.0; LANES]);
             *sum = reduce(exponentials(&mut row[window], max, scale, lanes));
         }
-        for (r, (row, sum)) in scores.chunks_exact_mut(n).zip(&sums).enumerate() {
-            let [sinks, window] = visible(r).vectors();
+        for ((row, visible), sum) in scores.chunks_exact_mut(n).zip(visible).zip(&sums) {
+            let [sinks, window] = visible.vectors();
             row[sinks.end..window.start].fill(0.0);
             row[window.end..].fill(0.0);
             let scale = 1.0 / *sum;
