@@ -271,22 +271,22 @@ pub(crate) fn backward(
             let mut block_dk = vec![0.0f32; n * d];
             alone.matmul((&mut block_dk, d), (n, d, count), (rows(&ds, n).t(), rows(&queries, d)), 1.0, false);
 
-            for (i, seen) in seen.iter().enumerate() {
-                let Key::At(position) = seen.key else { continue };
-                if seen.turn > 0 {
-                    turns.turn(&mut block_dk[i * d..(i + 1) * d], -(seen.turn as i64));
-                }
-                let to = (position - start) * d..(position - start + 1) * d;
-                vectorized!(|| {
+            vectorized!(|| {
+                for (i, seen) in seen.iter().enumerate() {
+                    let Key::At(position) = seen.key else { continue };
+                    if seen.turn > 0 {
+                        turns.turn(&mut block_dk[i * d..(i + 1) * d], -(seen.turn as i64));
+                    }
+                    let to = (position - start) * d..(position - start + 1) * d;
                     add_scaled(&mut all_dk[to.clone()], scale, &block_dk[i * d..(i + 1) * d]);
-                    add_scaled(&mut all_dv[to.clone()], 1.0, &block_dv[i * d..(i + 1) * d]);
-                },);
-            }
-            for (t, row) in block_dq.chunks_exact(width).enumerate() {
-                // SAFETY: each (token, head) belongs to exactly one task.
-                let to = unsafe { dq.slice(query_at(heads, sequence.start + first + t, head), width) };
-                to.iter_mut().zip(row).for_each(|(to, x)| *to = scale * x);
-            }
+                    add_scaled(&mut all_dv[to], 1.0, &block_dv[i * d..(i + 1) * d]);
+                }
+                for (t, row) in block_dq.chunks_exact(width).enumerate() {
+                    // SAFETY: each (token, head) belongs to exactly one task.
+                    let to = unsafe { dq.slice(query_at(heads, sequence.start + first + t, head), width) };
+                    to.iter_mut().zip(row).for_each(|(to, x)| *to = scale * x);
+                }
+            },);
         }
         // SAFETY: each task has its own.
         let part = unsafe { all_parts.slice(task, 1) };

@@ -304,7 +304,7 @@ fn multiply<C: Output>(kernel: Kernel, work: Work<'_, C>, rows: Range<usize>) {
 thread_local! {
     /// Activations of a product that this thread asked for.
     static ROUNDED: Cell<Lines> = Cell::default();
-    /// Panels of a product that this thread asked for.
+    /// Panels of a product that this thread asked for, or of its tasks.
     static PACKED: Cell<Lines> = Cell::default();
     /// Sums of some rows and a task's outputs, where they are not added up in place.
     static STRIP: Cell<Lines> = Cell::default();
