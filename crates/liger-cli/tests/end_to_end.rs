@@ -142,12 +142,14 @@ fn quantised_files_are_written_and_used_as_they_are() {
         found.iter().zip(exact).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt() / norm
     };
     let exact = logits("form", "prefill", &[]);
-    for (file, bound) in [("8.gguf", 4e-2), ("4.gguf", 0.6)] {
+    for (file, dtype, bound) in [("8.gguf", "q8_0", 4e-2), ("4.gguf", "q4_1", 0.6)] {
         let packed = logits(file, "prefill", &[]);
         assert!(off(&packed, &exact) < bound, "{file}: {:.1e}", off(&packed, &exact));
         // Unpacked to float32, read with 8 or 4 bits, or decoded token by token, the weights are the same.
         assert!(off(&logits(file, "prefill", &["--dtype", "f32"]), &packed) < 1e-3, "{file}");
         assert!(off(&logits(file, "decode", &[]), &packed) < 1e-3, "{file}");
+        // Asked for as they are, they are not rounded again.
+        assert_eq!(logits(file, "prefill", &["--dtype", dtype]), packed, "{file}");
     }
     let eight = logits("8.gguf", "prefill", &[]);
     assert!(off(&logits("form", "prefill", &["--dtype", "q8_0"]), &eight) < 1e-6);

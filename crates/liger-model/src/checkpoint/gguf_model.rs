@@ -305,19 +305,20 @@ impl TensorSource for GgufSource {
     }
 
     fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
-        if dtype.is_none() {
-            let (block, bytes) = self.packed(&self.ggml_name(name)?)?;
-            if let Some(stored) = block.stored().filter(|stored| stored.is_quantized() && shape.len() == 2) {
-                let blocks = block.repacked(bytes);
-                let blocks = match self.permuted(name) {
-                    Some(heads) => unpermute(&blocks, heads, stored.bytes(shape[1])),
-                    None => blocks,
-                };
-                return Ok(ops.upload_blocks(&blocks, shape, stored)?);
-            }
+        let ggml_name = self.ggml_name(name)?;
+        let stored = self.directory.tensors.get(&ggml_name).and_then(|entry| entry.block.stored());
+        let dtype = dtype.or(stored).unwrap_or(DType::F32);
+        // As they are in the file: to unpack and round them again takes longer, and may change them.
+        if dtype.is_quantized() && stored == Some(dtype) && shape.len() == 2 {
+            let (block, bytes) = self.packed(&ggml_name)?;
+            let blocks = block.repacked(bytes);
+            let blocks = match self.permuted(name) {
+                Some(heads) => unpermute(&blocks, heads, dtype.bytes(shape[1])),
+                None => blocks,
+            };
+            return Ok(ops.upload_blocks(&blocks, shape, dtype)?);
         }
-        let stored = self.directory.tensors.get(&self.ggml_name(name)?).and_then(|entry| entry.block.stored());
-        Ok(ops.upload(self.read(name)?, shape, dtype.or(stored).unwrap_or(DType::F32))?)
+        Ok(ops.upload(self.read(name)?, shape, dtype)?)
     }
 
     fn has_plain_norms(&self) -> bool {
