@@ -86,6 +86,13 @@ fn linearize_then_use_the_model() {
 
     let bench = run(&["bench", "train", "--model", "base", "--lengths", "64", "--repeat", "1"], dir);
     assert!(bench.contains("share of the products'"), "{bench}");
+    // A model is measured as it is, unless told otherwise.
+    run(&["convert", "base", "--structure", "gsa", "--out", "gsa"], dir);
+    for (more, structure) in [(&[][..], "gsa"), (&["--structure", "hgrn2"][..], "hgrn2")] {
+        let bench = ["bench", "decode", "--model", "gsa", "--lengths", "8", "--repeat", "1", "--json"];
+        let found: serde_json::Value = serde_json::from_str(&run(&[&bench[..], more].concat(), dir)).unwrap();
+        assert_eq!(found["structure"], structure);
+    }
 }
 
 #[test]

@@ -14,7 +14,7 @@ use liger_tensor::{
 use liger_train::{Optimizer, Recipe, next_token_gradient};
 use serde_json::json;
 
-use crate::common::{DeviceArgs, RecomputeArg, mebibytes, print};
+use crate::common::{DeviceArgs, Loaded, RecomputeArg, mebibytes, print};
 
 /// Measure decoding, prefill, training, or the recurrence alone.
 #[derive(clap::Args)]
@@ -29,9 +29,9 @@ pub struct Args {
     /// Random weights of a known shape: tiny, smollm2-135m, llama-3.2-1b, llama-3-8b
     #[arg(long, default_value = "smollm2-135m")]
     shape: String,
-    /// Structure of the student; `none` measures softmax attention
-    #[arg(long, default_value = "gla")]
-    structure: String,
+    /// Structure of the student; `none` measures softmax attention [default: the model's own, gla where it has none]
+    #[arg(long)]
+    structure: Option<String>,
     /// Lengths in tokens [default: 512,4096,16384 for decode, 1024,4096,16384 for prefill, 1024 for train,
     /// 1024,4096,16384,65536 for recurrence]
     #[arg(long, value_delimiter = ',')]
@@ -70,7 +70,8 @@ enum What {
 pub fn run(args: &Args) -> Result<()> {
     let ops = args.device.open()?;
     let base = match &args.model {
-        Some(path) => crate::hub::open(path)?.load(ops.clone(), args.device.dtype())?,
+        Some(path) if args.what == What::Train => crate::hub::open(path)?.load(ops.clone(), args.device.dtype())?,
+        Some(path) => Loaded::load_on(ops.clone(), crate::hub::open(path)?, None, &args.device)?.decoder,
         None => {
             if !SHAPES.contains(&args.shape.as_str()) {
                 bail!("--shape: found `{}`, expected one of {}", args.shape, SHAPES.join(", "));
@@ -80,12 +81,14 @@ pub fn run(args: &Args) -> Result<()> {
             Decoder::new(ops.clone(), config, weights)
         }
     };
-    let decoder = match Structure::from_name(&args.structure) {
+    let own = base.config().liger.as_ref().map(|liger| liger.structure.name());
+    let structure = args.structure.as_deref().or(own).unwrap_or("gla");
+    let decoder = match Structure::from_name(structure) {
+        _ if args.structure.is_none() && own.is_some() => base,
         Some(structure) => base.with_attention(Some(LigerConfig { sinks: 4, ..LigerConfig::paper(structure) })),
-        None if args.structure == "none" => base.with_attention(None),
+        None if structure == "none" => base.with_attention(None),
         None => bail!(
-            "--structure: found `{}`, expected none or {}",
-            args.structure,
+            "--structure: found `{structure}`, expected none or {}",
             Structure::ALL.map(Structure::name).join(", ")
         ),
     };
@@ -110,16 +113,16 @@ pub fn run(args: &Args) -> Result<()> {
         let points =
             rows.iter().filter_map(|r| Some((r.get("tokens")?.as_f64()?, r.get("tokens_per_second")?.as_f64()?)));
         let plot = Plot {
-            title: format!("{} {}, batch {}, {}", args.shape, args.structure, args.batch, ops.describe()),
+            title: format!("{} {}, batch {}, {}", args.shape, structure, args.batch, ops.describe()),
             x: Axis::logarithmic("tokens"),
             y: Axis::linear("tokens per second"),
-            lines: vec![Line { name: args.structure.clone(), points: points.collect() }],
+            lines: vec![Line { name: structure.to_owned(), points: points.collect() }],
         };
         let svg = plot.to_svg().unwrap_or_default();
         files::write_whole(path, svg.as_bytes())?;
     }
     if args.json {
-        let object = json!({"device": ops.describe(), "shape": args.shape, "structure": args.structure,
+        let object = json!({"device": ops.describe(), "shape": args.shape, "structure": structure,
             "batch": args.batch, "bound": bound, "rows": rows});
         return print(&format!("{object}\n"));
     }
