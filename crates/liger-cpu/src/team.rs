@@ -8,7 +8,7 @@
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread::Thread;
 
@@ -108,7 +108,8 @@ impl Team {
         // SAFETY: `busy` is held, no job is open, and nobody is inside: the last call saw to both.
         unsafe { *self.job.get() = job };
         for (thread, next) in self.next.iter().enumerate() {
-            next.store(self.range(job, thread).start, SeqCst);
+            // Seen by whoever sees the job open.
+            next.store(self.range(job, thread).start, Relaxed);
         }
         self.open.store(JOBS.fetch_add(1, SeqCst), SeqCst);
         for member in &self.members {
