@@ -180,7 +180,8 @@ pub(crate) fn product<C: Output, A: Source>(
     let together = (cached / (2 * depth * panel)).min(panels.div_ceil(threads())).max(1);
     let groups = panels.div_ceil(together).next_multiple_of(threads()).min(panels);
     let outputs_before = |group: usize| n.min(panels * group / groups * panel);
-    // More tasks would be taken over from a thread that is hardly slower, and the panels with them come from the other core's cache.
+    // Four tasks a group: were they smaller, one would be taken over also from a thread that is hardly slower, and its panels would come
+    // from that core's cache for little work.
     let rows_of_a_task = m.div_ceil(4).next_multiple_of(kernel.rows());
     let row_blocks = m.div_ceil(rows_of_a_task);
     let multiply_groups = |groups: Range<usize>| {

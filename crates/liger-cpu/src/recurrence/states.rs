@@ -19,6 +19,7 @@ pub(super) fn added(to: &mut [f32], total_decay: &mut [f32], p: &Problem<'_>, he
     let gated = if p.axis == GateAxis::Key { &mut k[..] } else { &mut v[..] };
     let mut decays = vec![0.0f32; gates.len()];
     total_decay.fill(0.0);
+    // Sums of gates first, then the decays they are the logarithms of.
     vectorized!(|| {
         let dim = total_decay.len();
         for (decay, gates) in decays.chunks_exact_mut(dim).zip(gates.chunks_exact(dim)).rev() {
@@ -39,11 +40,12 @@ pub(super) fn added_gradient(to: &mut [f32], dout: &[f32], p: &Problem<'_>, head
     let (gates, count) = (p.gates(head, range), q.len() / dk);
     let gated = if p.axis == GateAxis::Key { &mut q[..] } else { &mut dout[..] };
     let (mut sum, mut decays) = (vec![0.0f32; p.sizes.gate_dim], gates);
+    // Gates, their sums, then the decays these are the logarithms of.
     vectorized!(|| {
         let dim = sum.len();
-        for gates in decays.chunks_exact_mut(dim) {
-            add_scaled(&mut sum, 1.0, gates);
-            gates.copy_from_slice(&sum);
+        for decay in decays.chunks_exact_mut(dim) {
+            add_scaled(&mut sum, 1.0, decay);
+            decay.copy_from_slice(&sum);
         }
         decays.iter_mut().for_each(|sum| *sum = exp(*sum));
         for (x, decay) in gated.chunks_exact_mut(group * dim).zip(decays.chunks_exact(dim)) {
