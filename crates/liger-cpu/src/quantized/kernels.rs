@@ -167,7 +167,7 @@ impl Piece<'_> {
         let blocks = row * self.blocks()..(row + 1) * self.blocks();
         let (words, bytes) = match &self.x.quants {
             Quants::Words(words) => (&words[blocks.start * BLOCK..blocks.end * BLOCK], &[][..]),
-            Quants::Bytes(bytes) => (&[][..], &bytes[2 * blocks.start * BLOCK..2 * blocks.end * BLOCK]),
+            Quants::Bytes(bytes) => (&[][..], &bytes.as_slice()[2 * blocks.start * BLOCK..2 * blocks.end * BLOCK]),
         };
         Row { words, bytes, scales: &self.x.scales[blocks.clone()], sums: &self.x.sums[blocks] }
     }
