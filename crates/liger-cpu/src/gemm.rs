@@ -9,7 +9,7 @@ use crate::bfloat;
 use crate::dots;
 use crate::element::Element;
 use crate::narrow;
-use crate::parallel::{for_rows, threads, vectorized};
+use crate::parallel::{Disjoint, for_rows, threads, vectorized};
 use crate::quantized::{self, Quantized};
 
 /// A matrix read through strides.
@@ -147,6 +147,9 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
             return Ok(());
         }
     }
+    if let (Storage::Device(_), true, false) = (b.storage(), how.transpose_b, how.transpose_a) {
+        return with_blocks(c, a, b, (m, n, k), how);
+    }
     if a.dtype() == DType::Bf16 || c.dtype() == DType::Bf16 {
         return by_widening(c, a, b, how);
     }
@@ -163,7 +166,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
             (Storage::Bf16(b), false) => dots::product(c, a_data, b, (m, n, k), how.scale, how.accumulate),
             (Storage::F32(b), true) => tall(c, a_data, b, (m, n, k), how),
             (Storage::Bf16(b), true) => tall(c, a_data, b, (m, n, k), how),
-            (Storage::Device(_), _) => quantized::product(c, a_data, quantized_of(b)?, m, how.scale, how.accumulate),
+            (Storage::Device(_), _) => return Err(Error::NO_BLOCKS),
         }
         return Ok(());
     }
@@ -220,6 +223,28 @@ impl Bfloat16Product<'_> {
     }
 }
 
+/// The product with quantised weights. Many rows are multiplied in bfloat16, where the CPU does that.
+fn with_blocks(c: &mut Tensor, a: &Tensor, b: &Tensor, (m, n, k): (usize, usize, usize), how: Gemm) -> Result<()> {
+    let (w, Gemm { scale, accumulate, .. }) = (quantized_of(b)?, how);
+    #[cfg(target_arch = "x86_64")]
+    if let (true, Some(kernel)) = (m >= quantized::UNPACKED, bfloat::best()) {
+        if a.dtype() == DType::Bf16 || c.dtype() == DType::Bf16 {
+            return by_widening(c, a, b, how);
+        }
+        bfloat::product(kernel, c.as_f32_mut()?, a.as_f32()?, w, (m, n, k), scale, accumulate);
+        return Ok(());
+    }
+    let outputs = match c.dtype() {
+        DType::Bf16 => quantized::Outputs::Bf16(Disjoint::new(c.as_bf16_mut()?)),
+        _ => quantized::Outputs::F32(Disjoint::new(c.as_f32_mut()?)),
+    };
+    match a.storage() {
+        Storage::Bf16(a) => quantized::product(outputs, a, w, (m, n, k), scale, accumulate),
+        _ => quantized::product(outputs, a.as_f32()?, w, (m, n, k), scale, accumulate),
+    }
+    Ok(())
+}
+
 /// Operands in bfloat16 where no product takes such: by way of float32.
 fn by_widening(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> {
     let wide = |t: &Tensor| -> Result<Tensor> {
@@ -230,7 +255,11 @@ fn by_widening(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<()> 
         }
         Ok(Tensor::host(t.shape(), Storage::F32(Buffer::Owned(wide))))
     };
-    let mut sums = wide(c)?;
+    let mut sums = if how.accumulate {
+        wide(c)?
+    } else {
+        Tensor::host(c.shape(), Storage::F32(Buffer::Owned(vec![0.0; c.len()])))
+    };
     gemm(&mut sums, &wide(a)?, b, how)?;
     match c.storage() {
         Storage::Bf16(_) => {

@@ -19,6 +19,10 @@ impl<'a, T> Disjoint<'a, T> {
         Self { data: data.as_mut_ptr(), len: data.len(), life: std::marker::PhantomData }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// `count` elements from `start`.
     ///
     /// # Safety

@@ -5,23 +5,41 @@
 
 use std::ops::Range;
 
+use half::bf16;
 use liger_tensor::DType;
 use liger_tensor::quantize::BLOCK;
 
-use super::{LANES, Line, Quantized, Quants, Rounded, STEP, Sixteen};
+use super::rounded::Rows;
+use super::{LANES, Line, Quantized, STEP, Sixteen};
+use crate::element::Element;
 use crate::parallel::Disjoint;
 #[cfg(target_arch = "x86_64")]
 use crate::{prefetch::prefetch, tiles};
 
 /// Outputs `groups` of `rows`.
 pub(super) struct Piece<'a> {
-    pub(super) c: &'a Disjoint<'a>,
-    pub(super) x: &'a Rounded,
+    pub(super) c: &'a Outputs<'a>,
+    pub(super) x: Rows<'a>,
     pub(super) w: &'a Quantized,
     pub(super) rows: Range<usize>,
     pub(super) groups: Range<usize>,
     pub(super) scale: f32,
     pub(super) accumulate: bool,
+}
+
+/// Where sums are stored, `[m, n]`.
+pub(crate) enum Outputs<'a> {
+    F32(Disjoint<'a>),
+    Bf16(Disjoint<'a, bf16>),
+}
+
+impl Outputs<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::F32(c) => c.len(),
+            Self::Bf16(c) => c.len(),
+        }
+    }
 }
 
 /// Instructions for sums of products of bytes.
@@ -139,17 +157,6 @@ impl Group<'_> {
     }
 }
 
-/// And of one row of x.
-#[derive(Clone, Copy)]
-struct Row<'a> {
-    /// One of them.
-    words: &'a [i16],
-    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(dead_code, reason = "for VNNI"))]
-    bytes: &'a [i8],
-    scales: &'a [f32],
-    sums: &'a [i32],
-}
-
 impl Piece<'_> {
     fn blocks(&self) -> usize {
         self.w.columns / BLOCK
@@ -163,22 +170,24 @@ impl Piece<'_> {
         Group { quants, scales: &self.w.scales[of(&self.w.scales)], offsets }
     }
 
-    fn row(&self, row: usize) -> Row<'_> {
-        let blocks = row * self.blocks()..(row + 1) * self.blocks();
-        let (words, bytes) = match &self.x.quants {
-            Quants::Words(words) => (&words[blocks.start * BLOCK..blocks.end * BLOCK], &[][..]),
-            Quants::Bytes(bytes) => (&[][..], &bytes.as_slice()[2 * blocks.start * BLOCK..2 * blocks.end * BLOCK]),
-        };
-        Row { words, bytes, scales: &self.x.scales[blocks.clone()], sums: &self.x.sums[blocks] }
+    fn row(&self, row: usize) -> Rows<'_> {
+        self.x.blocks(row * self.blocks()..(row + 1) * self.blocks())
     }
 
     fn store(&self, row: usize, group: usize, sums: &[f32; LANES]) {
         let n = self.w.rows;
-        let count = LANES.min(n - group * LANES);
+        let (first, sums) = (row * n + group * LANES, &sums[..LANES.min(n - group * LANES)]);
+        match self.c {
+            Outputs::F32(c) => self.put(c, first, sums),
+            Outputs::Bf16(c) => self.put(c, first, sums),
+        }
+    }
+
+    fn put<C: Element>(&self, c: &Disjoint<'_, C>, first: usize, sums: &[f32]) {
         // SAFETY: pieces have distinct rows and groups, and this is the only slice of them alive.
-        let out = unsafe { self.c.slice(row * n + group * LANES, count) };
+        let out = unsafe { c.slice(first, sums.len()) };
         for (out, sum) in out.iter_mut().zip(sums) {
-            *out = self.scale * sum + if self.accumulate { *out } else { 0.0 };
+            *out = C::narrow(self.scale * sum + if self.accumulate { out.widen() } else { 0.0 });
         }
     }
 }
@@ -188,7 +197,7 @@ fn portable(p: &Piece<'_>) {
     for group in p.groups.clone() {
         let w = p.group(group);
         for row in p.rows.clone() {
-            let Row { words, scales, sums, .. } = p.row(row);
+            let Rows { words, scales, sums, .. } = p.row(row);
             let mut total = [0.0f32; LANES];
             for (b, x) in words.chunks_exact(BLOCK).enumerate() {
                 let mut sum = [(-zero).wrapping_mul(sums[b]); LANES];

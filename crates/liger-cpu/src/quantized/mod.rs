@@ -6,18 +6,21 @@
 //! bfloat16, products of many rows go that way instead, and weights are unpacked to it as they are needed.
 
 mod kernels;
+mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 
 use std::any::Any;
+use std::cell::Cell;
 
 use half::f16;
 use liger_tensor::quantize::BLOCK;
-use liger_tensor::{DType, DeviceMemory, Lines};
+use liger_tensor::{DType, DeviceMemory};
 
-#[cfg(target_arch = "x86_64")]
-use crate::bfloat;
-use crate::parallel::{Disjoint, for_tasks, pieces, vectorized};
+pub(crate) use self::kernels::Outputs;
+use self::rounded::Rounded;
+use crate::element::Element;
+use crate::parallel::{Disjoint, for_tasks, pieces};
 
 /// Outputs (rows of the matrix) that lie together.
 const LANES: usize = 16;
@@ -151,139 +154,57 @@ impl Quantized {
     }
 }
 
-/// Activations `[m, k]` in blocks of 16 bits: at most 127 times 256, so that both bytes are signed ones.
-struct Rounded {
-    quants: Quants,
-    /// `[m, k / 32]`: scale, and the sum of the quants.
-    scales: Vec<f32>,
-    sums: Vec<i32>,
-}
-
-/// 127 times 256.
-const LARGEST: f32 = 32_512.0;
-
-/// As the kernels take them.
-enum Quants {
-    /// Whole.
-    Words(Vec<i16>),
-    /// Of each block the 32 high bytes, then the 32 low ones, a line together: tiles take six times as long to load rows that cross
-    /// lines. A quant is 256 times the high byte and the low one, both signed.
-    Bytes(Lines),
-}
-
-impl Rounded {
-    fn new(x: &[f32], in_bytes: bool) -> Self {
-        let blocks = x.len() / BLOCK;
-        let (mut scales, mut sums) = (vec![0.0; blocks], vec![0; blocks]);
-        let mut words = vec![0; if in_bytes { 0 } else { x.len() }];
-        let mut bytes = Lines::zeroed::<i8>(if in_bytes { 2 * x.len() } else { 0 });
-        const TOGETHER: usize = 64;
-        let all = (
-            Disjoint::new(&mut scales),
-            Disjoint::new(&mut sums),
-            Disjoint::new(&mut words),
-            Disjoint::new(bytes.as_mut_slice::<i8>()),
-        );
-        for_tasks(blocks.div_ceil(TOGETHER), |i| {
-            let (first, count) = (i * TOGETHER, TOGETHER.min(blocks - i * TOGETHER));
-            let x = &x[first * BLOCK..(first + count) * BLOCK];
-            // SAFETY: tasks have distinct blocks.
-            let (scales, sums) = unsafe { (all.0.slice(first, count), all.1.slice(first, count)) };
-            if in_bytes {
-                // SAFETY: as above.
-                let bytes =
-                    unsafe { all.3.slice(2 * first * BLOCK, 2 * count * BLOCK) }.as_chunks_mut::<{ 2 * BLOCK }>().0;
-                round(x, scales, sums, bytes, |bytes, quants| {
-                    let (high, low) = bytes.split_at_mut(BLOCK);
-                    for ((high, low), quant) in high.iter_mut().zip(low).zip(quants) {
-                        *low = *quant as i8;
-                        *high = (quant.wrapping_sub(i32::from(*low)) >> 8) as i8;
-                    }
-                });
-            } else {
-                // SAFETY: as above.
-                let words = unsafe { all.2.slice(first * BLOCK, count * BLOCK) }.as_chunks_mut::<BLOCK>().0;
-                round(x, scales, sums, words, |words, quants| {
-                    words.iter_mut().zip(quants).for_each(|(word, quant)| *word = *quant as i16);
-                });
-            }
-        });
-        let quants = if in_bytes { Quants::Bytes(bytes) } else { Quants::Words(words) };
-        Self { quants, scales, sums }
-    }
-}
-
-/// Scale, sum and quants of every block; `put` writes the latter.
-fn round<const N: usize, T>(
-    x: &[f32],
-    scales: &mut [f32],
-    sums: &mut [i32],
-    out: &mut [[T; N]],
-    put: impl Fn(&mut [T; N], &[i32; BLOCK]),
-) {
-    vectorized!(|| {
-        let blocks = x.as_chunks::<BLOCK>().0.iter().zip(out.iter_mut());
-        for (((x, out), scale), sum) in blocks.zip(scales.iter_mut()).zip(sums.iter_mut()) {
-            let mut largest = [0.0f32; LANES];
-            for half in x.chunks_exact(LANES) {
-                for (largest, x) in largest.iter_mut().zip(half) {
-                    let x = x.abs();
-                    *largest = if x > *largest { x } else { *largest };
-                }
-            }
-            let largest = largest.iter().fold(0.0f32, |a, b| if *b > a { *b } else { a });
-            let inverse = if largest > 0.0 { LARGEST / largest } else { 0.0 };
-            *scale = largest / LARGEST;
-            // Adding it leaves the nearest integer in the low bits.
-            const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
-            let mut quants = [0; BLOCK];
-            let mut total = 0;
-            for (quant, x) in quants.iter_mut().zip(x) {
-                *quant = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                // Of what is no number there is no sum; it must not stop the program either.
-                total = i32::wrapping_add(total, *quant);
-            }
-            *sum = total;
-            put(out, &quants);
-        }
-    },);
-}
-
-/// Rows of `x` from which weights are unpacked to bfloat16, where the CPU multiplies that. It is faster from some 24 on, but a step of
+/// Rows from which weights are unpacked to bfloat16, where the CPU multiplies that. It is faster from some 24 on, but a step of
 /// many texts must give each what it gives that text alone, and those are few.
 #[cfg(target_arch = "x86_64")]
-const UNPACKED: usize = 96;
+pub(crate) const UNPACKED: usize = 96;
 
 /// Rows of `x` that are gone through with one group of outputs before the next: what the nearest caches hold.
 const ROW_BLOCK: usize = 192;
 
-/// `c [m, n] = scale x [m, k] w [n, k]^T (+ c)`.
-pub(crate) fn product(c: &mut [f32], x: &[f32], w: &Quantized, m: usize, scale: f32, accumulate: bool) {
-    let (n, k) = w.shape();
-    assert!(c.len() == m * n && x.len() == m * k, "quantised product {m} x {k} x {n}");
-    #[cfg(target_arch = "x86_64")]
-    if let (true, Some(kernel)) = (m >= UNPACKED, bfloat::best()) {
-        return bfloat::product(kernel, c, x, w, (m, n, k), scale, accumulate);
-    }
+/// `c [m, n] = scale x [m, k] w [n, k]^T (+ c)` for few rows.
+pub(crate) fn product<A: Element>(
+    c: Outputs<'_>,
+    x: &[A],
+    w: &Quantized,
+    (m, n, k): (usize, usize, usize),
+    scale: f32,
+    accumulate: bool,
+) {
+    assert!(
+        (n, k) == w.shape() && c.len() == m * n && x.len() == m * k,
+        "quantised product {m} x {k} x {n} with {:?}",
+        w.shape()
+    );
     let kernel = kernels::best();
-    let x = &Rounded::new(x, kernel.takes_bytes());
-    let c = &Disjoint::new(c);
+    let mut rounded = ROUNDED.take();
+    let x = rounded.fill(x, kernel.takes_bytes());
     let groups = n.div_ceil(LANES);
     let piece = groups.div_ceil(pieces(m * n * k));
     for_tasks(groups.div_ceil(piece), |i| {
         let groups = i * piece..groups.min((i + 1) * piece);
         for first in (0..m).step_by(ROW_BLOCK) {
             let rows = first..m.min(first + ROW_BLOCK);
-            kernels::piece(kernel, &kernels::Piece { c, x, w, rows, groups: groups.clone(), scale, accumulate });
+            kernels::piece(kernel, &kernels::Piece { c: &c, x, w, rows, groups: groups.clone(), scale, accumulate });
         }
     });
+    ROUNDED.set(rounded);
+}
+
+thread_local! {
+    /// Activations of a product that this thread asked for.
+    static ROUNDED: Cell<Rounded> = Cell::default();
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
     use liger_tensor::quantize::quantize;
+    use liger_tensor::{Buffer, Gemm, Ops, Storage, Tensor};
 
     use super::*;
+    use crate::Cpu;
+    use crate::gemm::gemm;
 
     pub(super) fn numbers(count: usize, seed: u64) -> Vec<f32> {
         let next = |state: &mut u64| {
@@ -333,13 +254,13 @@ mod tests {
                 // Those that take bytes give the same bits: a text's tokens do not depend on how many texts there are.
                 let mut of_bytes: Option<Vec<u32>> = None;
                 for &kernel in &found {
-                    let rounded = Rounded::new(&x, kernel.takes_bytes());
+                    let mut rounded = Rounded::default();
                     let mut c = old.clone();
-                    let groups = 0..n.div_ceil(LANES);
-                    let (c_all, scale, accumulate) = (Disjoint::new(&mut c), 0.5, true);
+                    let (groups, scale, accumulate) = (0..n.div_ceil(LANES), 0.5, true);
+                    let (x, outputs) = (rounded.fill(&x, kernel.takes_bytes()), Outputs::F32(Disjoint::new(&mut c)));
                     kernels::piece(
                         kernel,
-                        &kernels::Piece { c: &c_all, x: &rounded, w: &packed, rows: 0..m, groups, scale, accumulate },
+                        &kernels::Piece { c: &outputs, x, w: &packed, rows: 0..m, groups, scale, accumulate },
                     );
                     for (at, c) in c.iter().enumerate() {
                         let expected = f64::from(old[at]) + 0.5 * expected(at / n, at % n);
@@ -355,15 +276,28 @@ mod tests {
                         of_bytes = Some(bits);
                     }
                 }
-                let mut c = old.clone();
-                product(&mut c, &x, &packed, m, 1.0, false);
+                let weights = Cpu::new().upload_blocks(&blocks, &[n, k], dtype).unwrap();
+                let mut c = Tensor::host(&[m, n], Storage::F32(Buffer::Owned(old.clone())));
+                let given = Tensor::host(&[m, k], Storage::F32(Buffer::Owned(x.clone())));
+                gemm(&mut c, &given, &weights, Gemm::LINEAR).unwrap();
+                let sums = c.as_f32().unwrap();
                 // Many rows may have been rounded to bfloat16, and the weights with them.
                 let bound = if m < 96 { 1e-4 } else { 1e-2 };
-                let worst = c
+                let worst = sums
                     .iter()
                     .enumerate()
                     .fold(0.0f64, |worst, (at, c)| worst.max((f64::from(*c) - expected(at / n, at % n)).abs()));
                 assert!(worst < bound * (k as f64).sqrt(), "{m} {n} {k}, form {form}: {worst} off");
+                // Operands in bfloat16 give what the same numbers in float32 do, rounded.
+                let given: Vec<bf16> = x.iter().copied().map(bf16::from_f32).collect();
+                let wide = given.iter().map(|x| x.to_f32()).collect();
+                let given = Tensor::host(&[m, k], Storage::Bf16(Buffer::Owned(given)));
+                let wide = Tensor::host(&[m, k], Storage::F32(Buffer::Owned(wide)));
+                let mut narrow = Tensor::host(&[m, n], Storage::Bf16(Buffer::Owned(vec![bf16::NAN; m * n])));
+                gemm(&mut c, &wide, &weights, Gemm::LINEAR).unwrap();
+                gemm(&mut narrow, &given, &weights, Gemm::LINEAR).unwrap();
+                let rounded: Vec<bf16> = c.as_f32().unwrap().iter().copied().map(bf16::from_f32).collect();
+                assert!(*narrow.as_bf16_mut().unwrap() == rounded[..], "{m} {n} {k}, form {form}: in bfloat16");
             }
         }
     }
