@@ -6,6 +6,9 @@ use half::bf16;
 use liger_tensor::checks::{Heads, grown_cache_rows};
 use liger_tensor::{Error, KeyValueCache, Result, Sequences, Storage, Tensor};
 
+use crate::element::Element;
+use crate::parallel::vectorized;
+
 /// Keys or values, `[slots, K, rows, D]`.
 #[derive(Clone, Copy)]
 pub(super) enum Rows<'a> {
@@ -26,7 +29,7 @@ impl<'a> Rows<'a> {
     pub(super) fn append(self, range: Range<usize>, to: &mut Vec<f32>) {
         match self {
             Self::F32(rows) => to.extend_from_slice(&rows[range]),
-            Self::Bf16(rows) => to.extend(rows[range].iter().map(|x| x.to_f32())),
+            Self::Bf16(rows) => to.extend(rows[range].iter().map(|x| x.widen())),
         }
     }
 }
@@ -94,9 +97,11 @@ pub(super) fn insert(
         let rows = |(to, from): (usize, usize)| (to * width..(to + 1) * width, &new[from * width..(from + 1) * width]);
         if let Storage::Bf16(_) = tensor.storage() {
             let held = tensor.as_bf16_mut()?;
-            for (to, from) in moves.iter().copied().map(rows) {
-                held[to].iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_f32(*from));
-            }
+            vectorized!(|| {
+                for (to, from) in moves.iter().copied().map(rows) {
+                    held[to].iter_mut().zip(from).for_each(|(to, from)| *to = bf16::narrow(*from));
+                }
+            },);
         } else {
             let held = tensor.as_f32_mut()?;
             for (to, from) in moves.iter().copied().map(rows) {
