@@ -4,8 +4,11 @@ use liger_tensor::checks::{logit_rows, same_length};
 use liger_tensor::{AdamwParameter, AdamwStep, Error, Result, Tensor};
 
 use crate::elementwise::log_sum_exp;
-use crate::math::{exp, exponentials};
+use crate::math::{dot, exp, exponentials};
 use crate::parallel::{Disjoint, for_rows, for_tasks, vectorized};
+
+/// Terms of a sum that are added up in float32.
+const BLOCK: usize = 256;
 
 pub(crate) fn cross_entropy(logits: &mut Tensor, labels: &[i64], gradient_scale: Option<f32>) -> Result<Vec<f32>> {
     let vocabulary = logit_rows("cross_entropy", logits, labels.len())?;
@@ -65,18 +68,21 @@ pub(crate) fn kl_divergence(
             }
             let (total_q, total_p) = (log_sum_exp(row), log_sum_exp(teacher));
             // Float64 over blocks: thousands of tiny terms of both signs.
+            let (mut of_block, mut ratios) = ([0.0f32; BLOCK], [0.0f32; BLOCK]);
             let mut sum = 0.0f64;
-            for (q, p) in row.chunks_mut(256).zip(teacher.chunks(256)) {
-                let mut block = 0.0f32;
-                for (q, p) in q.iter_mut().zip(p) {
-                    let (log_q, log_p) = (*q - total_q, *p - total_p);
-                    let p = exp(log_p);
-                    block += p * (log_p - log_q);
-                    if let Some(scale) = gradient_scale {
-                        *q = scale * (exp(log_q) - p);
-                    }
+            for (q, p) in row.chunks_mut(BLOCK).zip(teacher.chunks(BLOCK)) {
+                let (probabilities, log_ratios) = (&mut of_block[..p.len()], &mut ratios[..p.len()]);
+                for (((probability, log_ratio), q), p) in
+                    probabilities.iter_mut().zip(log_ratios.iter_mut()).zip(&*q).zip(p)
+                {
+                    let log_p = p - total_p;
+                    *probability = exp(log_p);
+                    *log_ratio = log_p - (q - total_q);
                 }
-                sum += f64::from(block);
+                sum += f64::from(dot(probabilities, log_ratios));
+                if let Some(scale) = gradient_scale {
+                    q.iter_mut().zip(&*probabilities).for_each(|(q, p)| *q = scale * (exp(*q - total_q) - p));
+                }
             }
             *loss = sum as f32;
         },);
