@@ -166,6 +166,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
             (Storage::Bf16(b), false) => dots::product(c, a_data, b, (m, n, k), how.scale, how.accumulate),
             (Storage::F32(b), true) => tall(c, a_data, b, (m, n, k), how),
             (Storage::Bf16(b), true) => tall(c, a_data, b, (m, n, k), how),
+            // `with_blocks` did these.
             (Storage::Device(_), _) => return Err(Error::NO_BLOCKS),
         }
         return Ok(());
