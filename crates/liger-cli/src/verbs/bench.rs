@@ -67,6 +67,17 @@ enum What {
     Recurrence,
 }
 
+/// The same weights with a structure as in the paper, or with softmax attention.
+fn with_structure(base: Decoder, name: &str) -> Result<Decoder> {
+    match Structure::from_name(name) {
+        Some(structure) => Ok(base.with_attention(Some(LigerConfig { sinks: 4, ..LigerConfig::paper(structure) }))),
+        None if name == "none" => Ok(base.with_attention(None)),
+        None => {
+            bail!("--structure: found `{name}`, expected none or {}", Structure::ALL.map(Structure::name).join(", "))
+        }
+    }
+}
+
 pub fn run(args: &Args) -> Result<()> {
     let ops = args.device.open()?;
     let base = match &args.model {
@@ -83,15 +94,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let own = base.config().liger.as_ref().map(|liger| liger.structure.name());
     let structure = args.structure.as_deref().or(own).unwrap_or("gla");
-    let decoder = match Structure::from_name(structure) {
-        _ if args.structure.is_none() && own.is_some() => base,
-        Some(structure) => base.with_attention(Some(LigerConfig { sinks: 4, ..LigerConfig::paper(structure) })),
-        None if structure == "none" => base.with_attention(None),
-        None => bail!(
-            "--structure: found `{structure}`, expected none or {}",
-            Structure::ALL.map(Structure::name).join(", ")
-        ),
-    };
+    let keeps_its_form = own.is_some() && args.structure.is_none();
+    let decoder = if keeps_its_form { base } else { with_structure(base, structure)? };
     let defaults: &[usize] = match args.what {
         What::Decode => &[512, 4096, 16_384],
         What::Prefill => &[1024, 4096, 16_384],

@@ -154,7 +154,7 @@ impl Quantized {
     }
 }
 
-/// Rows from which weights are unpacked to bfloat16, where the CPU multiplies that. It is faster from some 24 on, but a step of
+/// Number of rows from which weights are unpacked to bfloat16, where the CPU multiplies that. It is faster from some 24 on, but a step of
 /// many texts must give each what it gives that text alone, and those are few.
 #[cfg(target_arch = "x86_64")]
 pub(crate) const UNPACKED: usize = 96;
@@ -162,7 +162,7 @@ pub(crate) const UNPACKED: usize = 96;
 /// Rows of `x` that are gone through with one group of outputs before the next: what the nearest caches hold.
 const ROW_BLOCK: usize = 192;
 
-/// `c [m, n] = scale x [m, k] w [n, k]^T (+ c)` for few rows.
+/// `c [m, n] = scale x [m, k] w [n, k]^T (+ c)` by integers: for fewer rows than `UNPACKED`, or any where the CPU does not multiply bfloat16.
 pub(crate) fn product<A: Element>(
     c: Outputs<'_>,
     x: &[A],

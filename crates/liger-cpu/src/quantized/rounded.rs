@@ -18,8 +18,9 @@ pub(super) struct Rounded {
     /// Words; or of each block, in a line, the 32 high bytes and then the 32 low ones: tiles take six times as long to load rows that
     /// cross lines.
     quants: Lines,
-    /// `[m, k / 32]`.
+    /// float32, `[m, k / 32]`.
     scales: Lines,
+    /// Of the quants: 32-bit integers, `[m, k / 32]`.
     sums: Lines,
 }
 
@@ -51,6 +52,7 @@ impl Rows<'_> {
 }
 
 impl Rounded {
+    /// Rounds `x [m, k]`, to bytes or to words; what was there before is lost.
     pub(super) fn fill<A: Element>(&mut self, x: &[A], in_bytes: bool) -> Rows<'_> {
         let blocks = x.len() / BLOCK;
         self.quants.reserve::<i16>(x.len());
