@@ -1,4 +1,5 @@
-//! Matrix products on the CPU, measured as `peers/cpu_products.py` measures PyTorch's: the middle and the best of single calls.
+//! Matrix products on the CPU, measured as `peers/cpu_products.py` measures PyTorch's: the middle and the best of single calls, with
+//! weights as training has them.
 //!
 //! ```sh
 //! cargo run --release -p liger-benches --example products
@@ -47,6 +48,8 @@ fn measure(size: &str, activations: &str, seconds: f64) -> Result<()> {
     // As a model has them: memory that begins with a line.
     let empty = |shape: &[usize]| if dtype == DType::Bf16 { cpu.empty_operand(shape) } else { cpu.empty(shape) };
     let (w, mut x, mut y) = (cpu.random(&[n, k], 1.0, 0, DType::Bf16)?, empty(&[m, k])?, empty(&[m, n])?);
+    // As in training: weights of this size are packed once.
+    cpu.keep_packed(&w);
     cpu.copy_rows(&mut x, &cpu.random(&[m, k], 1.0, 1, dtype)?, 0)?;
     let (begin, mut times) = (Instant::now(), Vec::new());
     while times.len() < 5 || begin.elapsed() < Duration::from_secs_f64(seconds) {

@@ -135,8 +135,8 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
         return Ok(());
     }
     #[cfg(target_arch = "x86_64")]
-    if let (Storage::Bf16(b), false, Some(kernel)) = (b.storage(), how.transpose_a, bfloat::best()) {
-        let product = Bfloat16Product { kernel, b, sizes: (m, n, k), how };
+    if let (Storage::Bf16(weights), false, Some(kernel)) = (b.storage(), how.transpose_a, bfloat::best()) {
+        let product = Bfloat16Product { kernel, b: weights, panels: b.beside(), sizes: (m, n, k), how };
         let is_done = match (a.storage(), c.dtype()) {
             (Storage::Bf16(a), DType::Bf16) => product.run(c.as_bf16_mut()?, a),
             (Storage::Bf16(a), _) => product.run(c.as_f32_mut()?, a),
@@ -203,6 +203,7 @@ pub(crate) fn gemm(c: &mut Tensor, a: &Tensor, b: &Tensor, how: Gemm) -> Result<
 struct Bfloat16Product<'a> {
     kernel: bfloat::Kernel,
     b: &'a [bf16],
+    panels: Option<&'a bfloat::Panels>,
     sizes: (usize, usize, usize),
     how: Gemm,
 }
@@ -211,11 +212,15 @@ struct Bfloat16Product<'a> {
 impl Bfloat16Product<'_> {
     /// Whether there is such a product for these sizes, and it was done.
     fn run<C: bfloat::Output, A: bfloat::Source>(&self, c: &mut [C], a: &[A]) -> bool {
-        let Self { kernel, b, sizes: (m, n, k), how } = *self;
+        let Self { kernel, b, panels, sizes: (m, n, k), how } = *self;
         if how.transpose_b && bfloat::few::takes((m, n, k)) {
             bfloat::few::product(kernel, c, a, b, (m, n, k), how.scale, how.accumulate);
         } else if m >= PACKED {
             let b = if how.transpose_b { rows(b, k) } else { rows(b, n).t() };
+            let b = match panels {
+                Some(panels) => bfloat::Weights::Packed(panels.of(kernel, b, (n, k), how.transpose_b)),
+                None => bfloat::Weights::AsTheyLie(b),
+            };
             bfloat::product(kernel, c, a, b, (m, n, k), how.scale, how.accumulate);
         } else {
             return false;
@@ -232,6 +237,7 @@ fn with_blocks(c: &mut Tensor, a: &Tensor, b: &Tensor, (m, n, k): (usize, usize,
         if a.dtype() == DType::Bf16 || c.dtype() == DType::Bf16 {
             return by_widening(c, a, b, how);
         }
+        let w = bfloat::Weights::AsTheyLie(w);
         bfloat::product(kernel, c.as_f32_mut()?, a.as_f32()?, w, (m, n, k), scale, accumulate);
         return Ok(());
     }

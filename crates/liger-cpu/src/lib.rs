@@ -162,6 +162,15 @@ impl Ops for Cpu {
         mapped::tensor(file, stored, shape, dtype)
     }
 
+    fn keep_packed(&self, weights: &Tensor) {
+        #[cfg(target_arch = "x86_64")]
+        if bfloat::best().is_some() && weights.dtype() == DType::Bf16 && bfloat::Panels::pay_for(weights.len()) {
+            weights.keep_beside(bfloat::Panels::default());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = weights;
+    }
+
     fn takes_blocks(&self) -> bool {
         true
     }

@@ -304,6 +304,16 @@ impl Decoder {
         Ok(self.ops.gemm(dhidden, dlogits, self.output_weight(), Gemm::INPUT_GRADIENT)?)
     }
 
+    /// Many products of many rows will come: training, or scoring texts. The device may spend memory on having the weights in the order in
+    /// which it multiplies ([`Ops::keep_packed`]).
+    pub fn keep_packed(&self) {
+        for block in &self.weights.blocks {
+            let linears = block.attention.iter().chain([&block.gate, &block.up, &block.down]);
+            linears.for_each(|linear| self.ops.keep_packed(&linear.weight));
+        }
+        self.ops.keep_packed(self.output_weight());
+    }
+
     fn output_weight(&self) -> &Tensor {
         self.weights.lm_head.as_ref().unwrap_or(&self.weights.embedding)
     }

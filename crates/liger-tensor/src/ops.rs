@@ -190,6 +190,9 @@ pub trait Ops: Send + Sync {
     ) -> Result<Option<Tensor>> {
         Ok(None)
     }
+    /// Products of many rows with these frozen weights will come again and again: a device may keep them in the order in which it multiplies
+    /// too, from the first such product on. It changes no result.
+    fn keep_packed(&self, _weights: &Tensor) {}
     /// Whether [`Ops::upload_blocks`] is there.
     fn takes_blocks(&self) -> bool {
         false

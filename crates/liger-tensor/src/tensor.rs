@@ -1,6 +1,6 @@
 use std::any::Any;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use half::bf16;
 
@@ -74,6 +74,7 @@ pub struct Tensor {
     dtype: DType,
     storage: Storage,
     pool: Option<Arc<Pool>>,
+    beside: OnceLock<Box<dyn Any + Send + Sync>>,
 }
 
 impl Tensor {
@@ -88,7 +89,11 @@ impl Tensor {
             Storage::Device(_) => (shape.iter().product(), DType::F32),
         };
         assert_eq!(count, shape.iter().product::<usize>(), "elements of shape {shape:?}");
-        Self { shape: shape.to_vec(), dtype, storage, pool: None }
+        Self::new(shape, dtype, storage, None)
+    }
+
+    fn new(shape: &[usize], dtype: DType, storage: Storage, pool: Option<Arc<Pool>>) -> Self {
+        Self { shape: shape.to_vec(), dtype, storage, pool, beside: OnceLock::new() }
     }
 
     /// A float32 tensor whose memory comes from `pool` and goes back there when it is dropped. Its elements are those
@@ -96,19 +101,19 @@ impl Tensor {
     pub fn pooled(shape: &[usize], pool: &Arc<Pool>) -> Self {
         let data = pool.take(DType::F32.bytes(shape.iter().product()));
         let storage = Storage::F32(Buffer::Pooled(data));
-        Self { shape: shape.to_vec(), dtype: DType::F32, storage, pool: Some(pool.clone()) }
+        Self::new(shape, DType::F32, storage, Some(pool.clone()))
     }
 
     /// The same in bfloat16.
     pub fn pooled_bf16(shape: &[usize], pool: &Arc<Pool>) -> Self {
         let data = pool.take(DType::Bf16.bytes(shape.iter().product()));
         let storage = Storage::Bf16(Buffer::Pooled(data));
-        Self { shape: shape.to_vec(), dtype: DType::Bf16, storage, pool: Some(pool.clone()) }
+        Self::new(shape, DType::Bf16, storage, Some(pool.clone()))
     }
 
     /// Wraps memory of another device.
     pub fn device(shape: &[usize], dtype: DType, memory: Box<dyn DeviceMemory>) -> Self {
-        Self { shape: shape.to_vec(), dtype, storage: Storage::Device(memory), pool: None }
+        Self::new(shape, dtype, Storage::Device(memory), None)
     }
 
     /// Lengths of the axes, outermost first.
@@ -148,6 +153,7 @@ impl Tensor {
     pub fn reshaped(mut self, shape: &[usize]) -> Self {
         assert_eq!(self.len(), shape.iter().product::<usize>(), "reshape {:?} to {shape:?}", self.shape);
         self.shape = shape.to_vec();
+        self.beside.take();
         self
     }
 
@@ -157,6 +163,7 @@ impl Tensor {
     /// If the memory is the host's, or has no room for so many.
     pub fn set_rows(&mut self, rows: usize) {
         self.shape[0] = rows;
+        self.beside.take();
         let Storage::Device(memory) = &self.storage else { panic!("rows of host memory") };
         assert!(self.bytes() <= memory.bytes(), "{:?} in {} bytes", self.shape, memory.bytes());
     }
@@ -168,7 +175,18 @@ impl Tensor {
 
     /// The same, to write.
     pub fn storage_mut(&mut self) -> &mut Storage {
+        self.beside.take();
         &mut self.storage
+    }
+
+    /// What a device keeps beside the elements, if it is of this type.
+    pub fn beside<T: Any>(&self) -> Option<&T> {
+        self.beside.get()?.downcast_ref()
+    }
+
+    /// Keeps something that a device made of the elements, until they are written to or get another shape; what is there already stays.
+    pub fn keep_beside<T: Any + Send + Sync>(&self, value: T) {
+        self.beside.get_or_init(|| Box::new(value));
     }
 
     /// The elements, if they are float32 in host memory.
@@ -198,6 +216,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Storage`] for anything else.
     pub fn as_f32_mut(&mut self) -> Result<&mut [f32]> {
+        self.beside.take();
         match &mut self.storage {
             Storage::F32(Buffer::Owned(data)) => Ok(data),
             Storage::F32(Buffer::Pooled(lines)) => Ok(lines.as_mut_slice()),
@@ -210,6 +229,7 @@ impl Tensor {
     /// # Errors
     /// [`Error::Storage`] for anything else.
     pub fn as_bf16_mut(&mut self) -> Result<&mut [bf16]> {
+        self.beside.take();
         match &mut self.storage {
             Storage::Bf16(Buffer::Owned(data)) => Ok(data),
             Storage::Bf16(Buffer::Pooled(lines)) => Ok(lines.as_mut_slice()),

@@ -126,6 +126,7 @@ impl Trainer {
             epoch_rows: Vec::new(),
         };
         trainer.start_epoch(0, 0);
+        trainer.student.keep_packed();
         Ok(trainer)
     }
 

@@ -218,6 +218,7 @@ impl Bench<'_> {
         let mut adapter = Adapter::new(lora, config, ops, 0)?;
         let mut gradients = adapter.zeros_like(config, ops)?;
         let mut optimizer = Optimizer::new(&adapter, config, ops)?;
+        self.decoder.keep_packed();
         let columns = ["LoRA step of", "s", "tokens/s", "TFLOP/s", "share of the products'", "memory"];
         let (mut table, mut rows) = (Table::new(columns), Vec::new());
         let bound = self.product_rate(lengths[0] * batch, 1)?;
@@ -327,6 +328,10 @@ impl Bench<'_> {
             let tensor = |rows: usize| ops.random(&[tokens, rows], 1.0, 1, ops.activations());
             let (x, w, y) = (tensor(input)?, ops.random(&[out, input], 1.0, 1, weights)?, tensor(out)?);
             let (mut forward, mut gradient) = (ops.empty(&[tokens, out])?, ops.empty(&[tokens, input])?);
+            // As in training.
+            if backward > 0 {
+                ops.keep_packed(&w);
+            }
             let mut seconds = self.median(self.args.repeat, || Ok(ops.gemm(&mut forward, &x, &w, Gemm::LINEAR)?))?;
             if backward > 0 {
                 seconds +=

@@ -181,6 +181,7 @@ pub fn run(args: &Args) -> Result<()> {
         let decoder = loaded.decoder.with_attention(liger);
         candidates.push(Candidate { name, path: &args.model, hash: hash.clone(), loaded: &loaded, decoder });
     }
+    candidates.iter().for_each(|candidate| candidate.decoder.keep_packed());
     let run = score(args, &work, text.as_ref(), &candidates)?;
     if let Some(path) = &args.log_samples {
         log_samples(path, &work, &run)?;

@@ -11,6 +11,7 @@ mod avx512;
 pub(crate) mod few;
 mod output;
 pub(crate) mod pack;
+mod packed;
 
 use std::arch::x86_64::{__m512bh, __m512i};
 use std::cell::Cell;
@@ -21,6 +22,7 @@ use liger_tensor::Lines;
 pub(crate) use self::output::Output;
 pub(crate) use self::pack::Source;
 use self::pack::{Blocks, Layout, Pair, ROWS, pack};
+pub(crate) use self::packed::{Panels, Weights};
 use crate::gemm::{Matrix, rows};
 use crate::parallel::{Disjoint, for_tasks, threads};
 use crate::tiles::{self, SIDE};
@@ -158,26 +160,25 @@ impl<C: Output> Block<'_, C> {
 }
 
 /// `c [m, n] = scale a [m, k] b [n, k]^T (+ c)`. Outputs in bfloat16 are rounded once for each stretch of terms (2,048 or 4,096).
-pub(crate) fn product<C: Output, A: Source>(
+pub(crate) fn product<C: Output, A: Source, B: Blocks>(
     kernel: Kernel,
     c: &mut [C],
     a: &[A],
-    b: impl Blocks,
+    b: Weights<'_, B>,
     (m, n, k): (usize, usize, usize),
     scale: f32,
     accumulate: bool,
 ) {
-    assert!(c.len() == m * n && a.len() == m * k && b.covers(n, k), "bfloat16 product {m} x {k} x {n}");
+    assert!(c.len() == m * n && a.len() == m * k && b.are(kernel, (n, k)), "bfloat16 product {m} x {k} x {n}");
     let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel(n));
     let mut rounded = ROUNDED.take();
     let rows_together = kernel.rows_together(a, (m, k));
     let a = packed_rows(Layout::Rows { together: rows_together }, &mut rounded, a, (m, k));
     let c = &Disjoint::new(c);
     let (depth, cached) = kernel.depth_and_cached();
-    let depth = depth.min(2 * stride);
     // As many panels together as stay in a core's cache, cut evenly.
     let panels = n.div_ceil(panel);
-    let together = (cached / (2 * depth * panel)).min(panels.div_ceil(threads())).max(1);
+    let together = (cached / (2 * depth.min(2 * stride) * panel)).min(panels.div_ceil(threads())).max(1);
     let groups = panels.div_ceil(together).next_multiple_of(threads()).min(panels);
     let outputs_before = |group: usize| n.min(panels * group / groups * panel);
     // Four tasks a group: were they smaller, one would be taken over also from a thread that is hardly slower, and its panels would come
@@ -189,7 +190,12 @@ pub(crate) fn product<C: Output, A: Source>(
         let mut packed = PACKED.take();
         for from in (0..k).step_by(depth) {
             let terms = from..k.min(from + depth);
-            let b = packed_panels(panel, &mut packed, b, outputs.clone(), terms.clone(), 4 * threads());
+            let b = match b {
+                Weights::AsTheyLie(b) => {
+                    packed_panels(panel, &mut packed, b, outputs.clone(), terms.clone(), 4 * threads())
+                }
+                Weights::Packed(packed) => packed.panels(outputs.start, terms.clone()),
+            };
             let (a, terms) = (&a[from / 2 * rows_together..], terms.len().next_multiple_of(STEP));
             let accumulate = accumulate || from > 0;
             for_tasks(groups.len() * row_blocks, |task| {
@@ -209,6 +215,8 @@ pub(crate) fn product<C: Output, A: Source>(
     // Where there are many groups, a thread that is faster takes more of them. Few are packed and multiplied by all threads.
     if groups >= 8 * threads() {
         for_tasks(groups, |group| multiply_groups(group..group + 1));
+    } else if matches!(b, Weights::Packed(_)) {
+        multiply_groups(0..groups);
     } else {
         (0..groups).step_by(threads()).for_each(|first| multiply_groups(first..groups.min(first + threads())));
     }
@@ -272,7 +280,21 @@ fn packed_panels(
 ) -> &[Pair] {
     let (panels, panel_len) = (outputs.len().div_ceil(panel), panel * terms.len().next_multiple_of(STEP) / 2);
     memory.reserve::<Pair>(panels * panel_len);
-    let all = Disjoint::new(&mut memory.as_mut_slice::<Pair>()[..panels * panel_len]);
+    pack_panels(panel, &mut memory.as_mut_slice::<Pair>()[..panels * panel_len], b, outputs, terms, tasks);
+    &memory.as_slice::<Pair>()[..panels * panel_len]
+}
+
+/// The same, into memory of their number.
+fn pack_panels(
+    panel: usize,
+    to: &mut [Pair],
+    b: impl Blocks,
+    outputs: Range<usize>,
+    terms: Range<usize>,
+    tasks: usize,
+) {
+    let (panels, panel_len) = (outputs.len().div_ceil(panel), panel * terms.len().next_multiple_of(STEP) / 2);
+    let all = Disjoint::new(to);
     for_tasks(tasks, |task| {
         let part = panels * task / tasks..panels * (task + 1) / tasks;
         let outputs = outputs.start + part.start * panel..outputs.end.min(outputs.start + part.end * panel);
@@ -282,7 +304,6 @@ fn packed_panels(
             pack(to, Layout::Panels { width: panel }, b, outputs, terms.clone());
         }
     });
-    &memory.as_slice::<Pair>()[..panels * panel_len]
 }
 
 /// A register as the instructions take it.
@@ -315,6 +336,7 @@ thread_local! {
 mod tests {
     use half::bf16;
 
+    use super::packed::Packed;
     use super::*;
     use crate::element::Element;
 
@@ -328,7 +350,7 @@ mod tests {
     }
 
     /// Products of activations of this type, written as that one, against sums in float64.
-    fn check<A: Source + Element + bytemuck::Pod, C: Output>((m, n, k): (usize, usize, usize)) {
+    fn check<A: Source + Element + bytemuck::Pod, C: Output + bytemuck::Pod>((m, n, k): (usize, usize, usize)) {
         let (given, b) = (numbers(m * k, 1), numbers(n * k, 2));
         let [a, b] = [&given, &b].map(|x| x.iter().copied().map(bf16::from_f32).collect::<Vec<_>>());
         // As a model has them: memory that begins with a line.
@@ -348,7 +370,11 @@ mod tests {
                 .flat_map(|kernel| [(1.0, false), (0.5, false), (0.5, true)].map(|how| (kernel, how)))
             {
                 let mut c = old.clone();
-                product(kernel, &mut c, given, matrix, (m, n, k), scale, accumulate);
+                product(kernel, &mut c, given, Weights::AsTheyLie(matrix), (m, n, k), scale, accumulate);
+                let (packed, mut again) = (Packed::new(kernel, matrix, (n, k)), old.clone());
+                let packed = Weights::<Matrix<'_, bf16>>::Packed(&packed);
+                product(kernel, &mut again, given, packed, (m, n, k), scale, accumulate);
+                assert_eq!(bytemuck::cast_slice::<C, u8>(&c), bytemuck::cast_slice::<C, u8>(&again), "packed before");
                 for (at, (c, sum)) in c.iter().zip(&sums).enumerate() {
                     let before = if accumulate { f64::from(old[at].widen()) } else { 0.0 };
                     let expected = before + f64::from(scale) * sum;
