@@ -3,7 +3,8 @@
 //!
 //! Each thread begins with a range of tasks of its own, the same one from operation to operation, so that it finds in its caches what
 //! it wrote before; who is done takes what is left of the others'. So a thread that is late or slow (the machine has other work) is
-//! waited for no longer than its last task takes. Members look for the next job for a while before they sleep.
+//! waited for no longer than its last task takes. Members look for the next job for a while before they sleep. Where there are as many
+//! threads as CPUs that the program may use, each member keeps to one of them.
 
 use std::cell::UnsafeCell;
 use std::ops::Range;
@@ -11,6 +12,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread::Thread;
+
+#[cfg(target_os = "linux")]
+use rustix::thread::CpuSet;
 
 /// Looks for a job before a member sleeps: from 100 microseconds to a millisecond, by CPU.
 const LOOKS: usize = 20_000;
@@ -90,9 +94,15 @@ fn team() -> &'static Team {
             has_panicked: AtomicBool::new(false),
             members: (1..rayon::current_num_threads()).map(member).collect(),
         }));
+        let mut cpus = cpus_of_members(team.members.len()).into_iter();
         for (i, member) in team.members.iter().enumerate() {
-            let started =
-                std::thread::Builder::new().name(format!("liger-cpu-{i}")).spawn(move || team.work(member, i + 1));
+            let cpu = cpus.next();
+            let started = std::thread::Builder::new().name(format!("liger-cpu-{i}")).spawn(move || {
+                if let Some(cpu) = cpu {
+                    cpu.keep_to();
+                }
+                team.work(member, i + 1);
+            });
             // Without it the others do its work.
             if let Ok(handle) = started {
                 let _ = member.thread.set(handle.thread().clone());
@@ -100,6 +110,35 @@ fn team() -> &'static Team {
         }
         team
     })
+}
+
+/// A CPU for each member, if with the calling thread they are as many as the CPUs that the program may use: the system then has none that is
+/// free for a thread it moves. The calling thread, which is not ours, is left the first one. Else none: they go where there is room.
+fn cpus_of_members(members: usize) -> Vec<Cpu> {
+    #[cfg(target_os = "linux")]
+    if let Ok(allowed) = rustix::thread::sched_getaffinity(None)
+        && allowed.count() as usize == members + 1
+    {
+        return (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).skip(1).map(Cpu).collect();
+    }
+    let _ = members;
+    Vec::new()
+}
+
+/// A CPU by its number.
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+struct Cpu(usize);
+
+impl Cpu {
+    /// Keeps the thread that calls to this CPU, if the system lets it.
+    fn keep_to(self) {
+        #[cfg(target_os = "linux")]
+        {
+            let mut only = CpuSet::new();
+            only.set(self.0);
+            let _ = rustix::thread::sched_setaffinity(None, &only);
+        }
+    }
 }
 
 impl Team {
@@ -224,6 +263,25 @@ mod tests {
             }
         });
         assert_eq!(sum.load(SeqCst), 4 * 3 * 32);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn members_keep_to_a_cpu_where_threads_are_as_many_as_these() {
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+        let count = allowed.count() as usize;
+        assert_eq!(cpus_of_members(count).len(), 0);
+        let cpus = cpus_of_members(count - 1);
+        assert_eq!(cpus.len(), count - 1);
+        for cpu in cpus {
+            let number = cpu.0;
+            let only = std::thread::spawn(move || {
+                cpu.keep_to();
+                rustix::thread::sched_getaffinity(None).unwrap()
+            });
+            let only = only.join().unwrap();
+            assert!(only.count() == 1 && only.is_set(number) && allowed.is_set(number));
+        }
     }
 
     #[test]
