@@ -110,33 +110,52 @@ pub(crate) fn rope_backward(
     turn(dx, keep, (scale, -scale), dy, angles)
 }
 
-/// `out = keep out` plus `x` turned by the angles, cosines and sines times their factors. What is not kept is not read.
-fn turn(out: &mut Tensor, keep: f32, factors: (f32, f32), x: &Tensor, (cos, sin): (&Tensor, &Tensor)) -> Result<()> {
+/// `out = keep out` plus `x` turned by the angles, cosines and sines times their factors.
+fn turn(out: &mut Tensor, keep: f32, factors: (f32, f32), x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()> {
     same_length("rope", out, x)?;
-    let (heads, d, half) = (x.dim(1), x.dim(2), cos.dim(1));
-    checks::rope(x, cos, sin)?;
-    let (x, cos, sin) = (x.as_f32()?, cos.as_f32()?, sin.as_f32()?);
-    for_rows(out.as_f32_mut()?, heads * d, |first, rows| {
-        let x = &x[first * heads * d..first * heads * d + rows.len()];
+    let (angles, width) = (Angles::of(x, angles)?, x.dim(1) * x.dim(2));
+    let x = x.as_f32()?;
+    for_rows(out.as_f32_mut()?, width, |first, rows| {
+        let x = &x[first * width..first * width + rows.len()];
         vectorized!(|| {
-            if keep == 0.0 {
-                rows.fill(0.0);
-            }
-            for (t, (row, x)) in rows.chunks_exact_mut(heads * d).zip(x.chunks_exact(heads * d)).enumerate() {
-                let angles = (first + t) * half..(first + t + 1) * half;
-                let (cos, sin) = (&cos[angles.clone()], &sin[angles]);
-                for (out, x) in row.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                    let ((out1, out2), (x1, x2)) = (out.split_at_mut(half), x.split_at(half));
-                    for i in 0..half {
-                        let (c, s) = (factors.0 * cos[i], factors.1 * sin[i]);
-                        out1[i] = keep * out1[i] + x1[i] * c - x2[i] * s;
-                        out2[i] = keep * out2[i] + x2[i] * c + x1[i] * s;
-                    }
-                }
+            for (t, (row, x)) in rows.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate() {
+                angles.turn(first + t, row, keep, factors, x);
             }
         },);
     });
     Ok(())
+}
+
+/// Cosines and sines of token rows, `[N, D / 2]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Angles<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    half: usize,
+}
+
+impl<'a> Angles<'a> {
+    /// Those of `x [N, heads, D]`.
+    pub(crate) fn of(x: &Tensor, (cos, sin): (&'a Tensor, &'a Tensor)) -> Result<Self> {
+        checks::rope(x, cos, sin)?;
+        Ok(Self { cos: cos.as_f32()?, sin: sin.as_f32()?, half: cos.dim(1) })
+    }
+
+    /// `out = keep out` plus `x` turned, for the heads of token `t`. What is not kept may be anything.
+    #[inline(always)]
+    pub(crate) fn turn(self, t: usize, out: &mut [f32], keep: f32, factors: (f32, f32), x: &[f32]) {
+        let Self { cos, sin, half } = self;
+        let (cos, sin) = (&cos[t * half..(t + 1) * half], &sin[t * half..(t + 1) * half]);
+        let kept = |old: f32| if keep == 0.0 { 0.0 } else { keep * old };
+        for (out, x) in out.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half)) {
+            let ((out1, out2), (x1, x2)) = (out.split_at_mut(half), x.split_at(half));
+            for i in 0..half {
+                let (c, s) = (factors.0 * cos[i], factors.1 * sin[i]);
+                out1[i] = kept(out1[i]) + x1[i] * c - x2[i] * s;
+                out2[i] = kept(out2[i]) + x2[i] * c + x1[i] * s;
+            }
+        }
+    }
 }
 
 /// From here on a sigmoid is 0 or 1; its argument's third power stays finite.

@@ -3,50 +3,66 @@
 use liger_tensor::checks::{self, same_length};
 use liger_tensor::{FeatureGradients, FeatureMap, FeatureSpec, Features, Gate, Result, Tensor};
 
-use crate::elementwise::{rope, rope_backward, softmax_backward_row};
+use crate::elementwise::{Angles, rope_backward, softmax_backward_row};
 use crate::math::{dot, exp, sigmoid, softmax, softplus};
-use crate::parallel::{for_rows, vectorized};
+use crate::parallel::{Disjoint, for_rows, vectorized};
 
-fn map_forward(out: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
-    same_length("features_forward", out, x)?;
-    let (d, x) = (x.dim(2), x.as_f32()?);
-    for_rows(out.as_f32_mut()?, d, |first, out| {
-        let x = &x[first * d..first * d + out.len()];
-        vectorized!(|| match map {
-            // A share is scaled when its gate is there.
-            FeatureMap::Softmax | FeatureMap::Share => {
+/// `map(x)` of heads of `d`. A share is scaled when its gate is there.
+#[inline(always)]
+fn map_heads(out: &mut [f32], x: &[f32], d: usize, map: FeatureMap) {
+    match map {
+        FeatureMap::Softmax | FeatureMap::Share => {
+            for (out, x) in out.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
                 out.copy_from_slice(x);
-                for row in out.chunks_exact_mut(d) {
-                    softmax(row);
-                }
+                softmax(out);
             }
-            // 1 - sigmoid(x) = sigmoid(-x), without the cancellation.
-            FeatureMap::OneMinusSigmoid => out.iter_mut().zip(x).for_each(|(y, x)| *y = sigmoid(-x)),
-        },);
-    });
-    Ok(())
+        }
+        // 1 - sigmoid(x) = sigmoid(-x), without the cancellation.
+        FeatureMap::OneMinusSigmoid => out.iter_mut().zip(x).for_each(|(y, x)| *y = sigmoid(-x)),
+    }
 }
 
-/// Overwrites the gradient of `map(x)` by that of `x`.
-fn map_backward(dy: &mut Tensor, x: &Tensor, map: FeatureMap) -> Result<()> {
-    same_length("features_backward", dy, x)?;
-    let (d, x) = (x.dim(2), x.as_f32()?);
-    for_rows(dy.as_f32_mut()?, d, |first, dy| {
-        let x = &x[first * d..first * d + dy.len()];
-        vectorized!(|| match map {
-            FeatureMap::Softmax | FeatureMap::Share => {
-                let mut y = vec![0.0f32; d];
-                for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
-                    y.copy_from_slice(x);
-                    softmax(&mut y);
-                    softmax_backward_row(dy, &y);
-                }
+/// Overwrites the gradient of `map(x)` by that of `x`, for heads of `scratch.len()`.
+#[inline(always)]
+fn map_heads_backward(dy: &mut [f32], x: &[f32], scratch: &mut [f32], map: FeatureMap) {
+    let d = scratch.len();
+    match map {
+        FeatureMap::Softmax | FeatureMap::Share => {
+            for (dy, x) in dy.chunks_exact_mut(d).zip(x.chunks_exact(d)) {
+                scratch.copy_from_slice(x);
+                softmax(scratch);
+                softmax_backward_row(dy, scratch);
             }
-            FeatureMap::OneMinusSigmoid => {
-                for (dy, x) in dy.iter_mut().zip(x) {
-                    let s = sigmoid(-x);
-                    *dy *= -s * (1.0 - s);
-                }
+        }
+        FeatureMap::OneMinusSigmoid => {
+            for (dy, x) in dy.iter_mut().zip(x) {
+                let s = sigmoid(-x);
+                *dy *= -s * (1.0 - s);
+            }
+        }
+    }
+}
+
+/// RoPE and feature map of `x [N, heads, D]`, in one pass over it.
+fn turn_and_map(
+    (turned, mapped): (&mut Tensor, &mut Tensor),
+    x: &Tensor,
+    angles: (&Tensor, &Tensor),
+    map: FeatureMap,
+) -> Result<()> {
+    same_length("features_forward", turned, x)?;
+    same_length("features_forward", mapped, x)?;
+    let (angles, d, width) = (Angles::of(x, angles)?, x.dim(2), x.dim(1) * x.dim(2));
+    let (x, turned) = (x.as_f32()?, Disjoint::new(turned.as_f32_mut()?));
+    for_rows(mapped.as_f32_mut()?, width, |first, mapped| {
+        let x = &x[first * width..first * width + mapped.len()];
+        // SAFETY: cut at the places where `mapped` is.
+        let turned = unsafe { turned.slice(first * width, mapped.len()) };
+        vectorized!(|| {
+            let rows = turned.chunks_exact_mut(width).zip(mapped.chunks_exact_mut(width));
+            for (t, ((turned, mapped), x)) in rows.zip(x.chunks_exact(width)).enumerate() {
+                angles.turn(first + t, turned, 0.0, (1.0, 1.0), x);
+                map_heads(mapped, x, d, map);
             }
         },);
     });
@@ -75,10 +91,8 @@ pub(crate) fn forward(
     spec: FeatureSpec,
 ) -> Result<()> {
     let Features { rope_q, rope_k, query, key, log_gate } = out;
-    rope(rope_q, q, angles)?;
-    rope(rope_k, k, angles)?;
-    map_forward(query, q, spec.query)?;
-    map_forward(key, k, spec.key)?;
+    turn_and_map((rope_q, query), q, angles, spec.query)?;
+    turn_and_map((rope_k, key), k, angles, spec.key)?;
     same_length("features_forward", log_gate, k)?;
     let (heads, d, k) = (k.dim(1), k.dim(2), k.as_f32()?);
     for_rows(log_gate.as_f32_mut()?, d, |first, out| {
@@ -115,21 +129,49 @@ pub(crate) fn backward(
     spec: FeatureSpec,
 ) -> Result<()> {
     let FeatureGradients { q: dq, k: dk, log_gate, rope_q, rope_k, recurrent, window } = gradients;
-    map_backward(dq, q, spec.query)?;
+    query_backward(dq, q, spec.query, (recurrent, window), rope_q, angles)?;
     key_backward(dk, log_gate, k, spec)?;
-    rope_backward(dq, recurrent, window, rope_q, angles)?;
     rope_backward(dk, recurrent, window, rope_k, angles)
+}
+
+/// `dq = recurrent` times its gradient through the feature map, plus `window` times that through RoPE.
+fn query_backward(
+    dq: &mut Tensor,
+    q: &Tensor,
+    map: FeatureMap,
+    (recurrent, window): (f32, f32),
+    dturned: &Tensor,
+    angles: (&Tensor, &Tensor),
+) -> Result<()> {
+    same_length("features_backward", dq, q)?;
+    same_length("features_backward", dturned, q)?;
+    let (angles, d, width) = (Angles::of(q, angles)?, q.dim(2), q.dim(1) * q.dim(2));
+    let (q, dturned) = (q.as_f32()?, dturned.as_f32()?);
+    for_rows(dq.as_f32_mut()?, width, |first, dq| {
+        let range = first * width..first * width + dq.len();
+        let (q, dturned) = (&q[range.clone()], &dturned[range]);
+        vectorized!(|| {
+            let mut scratch = vec![0.0f32; d];
+            let rows = dq.chunks_exact_mut(width).zip(q.chunks_exact(width)).zip(dturned.chunks_exact(width));
+            for (t, ((dq, q), dturned)) in rows.enumerate() {
+                map_heads_backward(dq, q, &mut scratch, map);
+                angles.turn(first + t, dq, recurrent, (window, -window), dturned);
+            }
+        },);
+    });
+    Ok(())
 }
 
 /// Overwrites the gradients of write key and log gate: `dkey` by that of `k`.
 fn key_backward(dkey: &mut Tensor, dlog_gate: &Tensor, k: &Tensor, spec: FeatureSpec) -> Result<()> {
     let through_share = share_backward(dkey, k, spec)?;
-    map_backward(dkey, k, spec.key)?;
+    same_length("features_backward", dkey, k)?;
     same_length("features_backward", dlog_gate, k)?;
     let (heads, d, k, dlog_gate) = (k.dim(1), k.dim(2), k.as_f32()?, dlog_gate.as_f32()?);
     for_rows(dkey.as_f32_mut()?, d, |first, dk| {
         let range = first * d..first * d + dk.len();
         let (k, dg) = (&k[range.clone()], &dlog_gate[range]);
+        vectorized!(|| map_heads_backward(dk, k, &mut vec![0.0f32; d], spec.key));
         vectorized!(|| match spec.gate {
             Gate::None => {}
             Gate::LogSigmoid { divisor } => {
@@ -170,7 +212,7 @@ fn share_backward(dkey: &mut Tensor, k: &Tensor, spec: FeatureSpec) -> Result<Ve
     let (heads, d, k) = (k.dim(1), k.dim(2), k.as_f32()?);
     let dkey = dkey.as_f32_mut()?;
     let mut through_share = vec![0.0f32; k.len() / d];
-    let gates = crate::parallel::Disjoint::new(&mut through_share);
+    let gates = Disjoint::new(&mut through_share);
     for_rows(dkey, d, |first, dkey| {
         // SAFETY: one element a row, cut where `dkey` is.
         let gates = unsafe { gates.slice(first, dkey.len() / d) };
@@ -200,7 +242,7 @@ pub(crate) fn slot_gates_forward(log_gate: &mut Tensor, write: &mut Tensor, k: &
     same_length("slot_gates_forward", write, log_gate)?;
     let (d, slots) = checks::slots("slot_gates_forward", log_gate, k)?;
     let k = k.as_f32()?;
-    let write = crate::parallel::Disjoint::new(write.as_f32_mut()?);
+    let write = Disjoint::new(write.as_f32_mut()?);
     for_rows(log_gate.as_f32_mut()?, slots, |first, log_gate| {
         // SAFETY: cut at the places where `log_gate` is.
         let write = unsafe { write.slice(first * slots, log_gate.len()) };
