@@ -172,16 +172,25 @@ pub(crate) fn glu_forward(out: &mut Tensor, gate: &Tensor, up: &Tensor, activati
 }
 
 fn glu_of<T: Element>(out: &mut [T], gate: &[T], up: &[T], activation: Activation) {
+    #[inline(always)]
+    fn run<T: Element>(out: &mut [T], gate: &[T], up: &[T], argument: impl Fn(f32) -> f32) {
+        for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
+            let g = g.widen();
+            *out = T::narrow(g * sigmoid(argument(g)) * u.widen());
+        }
+    }
     let [a, b] = activation.coefficients();
     for_rows(out, 1, |start, out| {
         let (gate, up) = (&gate[start..start + out.len()], &up[start..start + out.len()]);
-        vectorized!(|| {
-            for ((out, g), u) in out.iter_mut().zip(gate).zip(up) {
-                let g = g.widen();
+        // SiLU's argument has no third power that could be infinite.
+        if b == 0.0 {
+            vectorized!(|| run(out, gate, up, |g| a * g));
+        } else {
+            vectorized!(|| run(out, gate, up, |g| {
                 let x = g.clamp(-SATURATED, SATURATED);
-                *out = T::narrow(g * sigmoid(x * (a + b * x * x)) * u.widen());
-            }
-        },);
+                x * (a + b * x * x)
+            }));
+        }
     });
 }
 
@@ -197,21 +206,31 @@ pub(crate) fn glu_backward(gate: &mut Tensor, up: &mut Tensor, dout: &Tensor, ac
 }
 
 fn glu_gradients<T: Element>(gate: &mut [T], up: &mut [T], dout: &[T], activation: Activation) {
+    /// With the sigmoid's argument and `g` times its derivative.
+    #[inline(always)]
+    fn run<T: Element>(gate: &mut [T], up: &mut [T], dout: &[T], argument: impl Fn(f32) -> (f32, f32)) {
+        for ((gate, up), d) in gate.iter_mut().zip(up).zip(dout) {
+            let (g, u, d) = (gate.widen(), up.widen(), d.widen());
+            let (x, slope) = argument(g);
+            let s = sigmoid(x);
+            let ds = d * s;
+            (*gate, *up) = (T::narrow(ds * u * (1.0 + slope * (1.0 - s))), T::narrow(ds * g));
+        }
+    }
     let [a, b] = activation.coefficients();
     let up = Disjoint::new(up);
     for_rows(gate, 1, |start, gate| {
         let dout = &dout[start..start + gate.len()];
         // SAFETY: the pieces of `gate` do not overlap, and `up` is cut at the same places.
         let up = unsafe { up.slice(start, gate.len()) };
-        vectorized!(|| {
-            for ((gate, up), d) in gate.iter_mut().zip(up.iter_mut()).zip(dout) {
-                let (g, u, d) = (gate.widen(), up.widen(), d.widen());
+        if b == 0.0 {
+            vectorized!(|| run(gate, up, dout, |g| (a * g, a * g)));
+        } else {
+            vectorized!(|| run(gate, up, dout, |g| {
                 let x = g.clamp(-SATURATED, SATURATED);
-                let s = sigmoid(x * (a + b * x * x));
-                let (dg, du) = (d * u * s * (1.0 + x * (a + 3.0 * b * x * x) * (1.0 - s)), d * g * s);
-                (*gate, *up) = (T::narrow(dg), T::narrow(du));
-            }
-        },);
+                (x * (a + b * x * x), x * (a + 3.0 * b * x * x))
+            }));
+        }
     });
 }
 

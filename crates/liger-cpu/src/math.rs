@@ -4,6 +4,13 @@
 /// on x86 CPUs that have no such instruction.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
+    let y = saturated_exp(x);
+    if x < -87.0 { 0.0 } else { y }
+}
+
+/// The same, but `e^-87` below -87.
+#[inline(always)]
+fn saturated_exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer in the low bits
     let clamped = x.clamp(-87.0, 88.0);
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
@@ -17,8 +24,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add(r, 0.5);
     let e = (p * r).mul_add(r, r) + 1.0;
     let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    let y = e * f32::from_bits(exponent);
-    if x < -87.0 { 0.0 } else { y }
+    e * f32::from_bits(exponent)
 }
 
 /// Sine and cosine of an angle in revolutions, to about 1e-7; polynomials as in Cephes' `sinf` and `cosf`.
@@ -39,7 +45,7 @@ pub(crate) fn sin_cos_of_revolutions(revolutions: f64) -> (f32, f32) {
 
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+    1.0 / (1.0 + saturated_exp(-x))
 }
 
 /// `log(1 + e^x)`, accurate in both tails.
@@ -67,17 +73,29 @@ pub(crate) fn reduce(lanes: [f32; 16]) -> f32 {
     sums[0]
 }
 
+/// In two sums of 16 lanes, so that an addition does not wait for the one before.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    let (a_chunks, b_chunks) = (a.chunks_exact(16), b.chunks_exact(16));
+    let mut lanes = [[0.0f32; 16]; 2];
+    let (a_chunks, b_chunks) = (a.chunks_exact(32), b.chunks_exact(32));
+    let (a_rest, b_rest) = (a_chunks.remainder(), b_chunks.remainder());
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for lane in 0..16 {
+            lanes[0][lane] += x[lane] * y[lane];
+            lanes[1][lane] += x[16 + lane] * y[16 + lane];
+        }
+    }
+    let (a_chunks, b_chunks) = (a_rest.chunks_exact(16), b_rest.chunks_exact(16));
     let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
     for (x, y) in a_chunks.zip(b_chunks) {
         for lane in 0..16 {
-            lanes[lane] += x[lane] * y[lane];
+            lanes[0][lane] += x[lane] * y[lane];
         }
     }
-    reduce(lanes) + tail
+    for lane in 0..16 {
+        lanes[0][lane] += lanes[1][lane];
+    }
+    reduce(lanes[0]) + tail
 }
 
 /// `y += a x`.
