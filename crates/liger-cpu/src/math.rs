@@ -92,10 +92,9 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
             lanes[0][lane] += x[lane] * y[lane];
         }
     }
-    for lane in 0..16 {
-        lanes[0][lane] += lanes[1][lane];
-    }
-    reduce(lanes[0]) + tail
+    let [mut sums, others] = lanes;
+    sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
+    reduce(sums) + tail
 }
 
 /// `y += a x`.

@@ -61,6 +61,19 @@ pub(super) fn hide_later(a: &mut [f32], first: usize, columns: usize, group: usi
     },);
 }
 
+/// `x [C, G, D] * decay [C, D]`.
+pub(super) fn times_decay(x: &[f32], decay: &[f32], dim: usize, group: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    vectorized!(|| {
+        for (x, decay) in x.chunks_exact(group * dim).zip(decay.chunks_exact(dim)) {
+            for x in x.chunks_exact(dim) {
+                out.extend(x.iter().zip(decay).map(|(x, e)| x * e));
+            }
+        }
+    },);
+    out
+}
+
 impl<'a> Chunk<'a> {
     pub(crate) fn new(gates: &'a [f32], dim: usize, group: usize, alone: Alone) -> Self {
         let len = gates.len() / dim;
@@ -160,10 +173,9 @@ impl<'a> Chunk<'a> {
 
     /// Rows of `x [C, G, D]` that belong to sub-chunk `sub`, times their row decay.
     fn decayed_rows(&self, x: &[f32], sub: usize) -> Vec<f32> {
-        let width = self.group * self.dim;
-        let mut scaled = x[sub * self.sub_len * width..self.sub(sub).end * width].to_vec();
-        self.decay_rows(&mut scaled, sub);
-        scaled
+        let (dim, width, range) = (self.dim, self.group * self.dim, self.sub(sub));
+        let decay = &self.row_decay[range.start * dim..range.end * dim];
+        times_decay(&x[range.start * width..range.end * width], decay, dim, self.group)
     }
 
     fn decay_rows(&self, x: &mut [f32], sub: usize) {
@@ -176,12 +188,18 @@ impl<'a> Chunk<'a> {
         },);
     }
 
-    /// Columns of `y [C, D]` of a mild sub-chunk, with the inverse of their decay.
-    fn inverse_columns(&self, y: &[f32], sub: usize) -> Vec<f32> {
-        let range = self.sub(sub).start * self.dim..self.sub(sub).end * self.dim;
-        let (mut scaled, decay) = (y[range.clone()].to_vec(), &self.inverse_decay[range]);
-        vectorized!(|| scaled.iter_mut().zip(decay).for_each(|(y, e)| *y *= e),);
-        scaled
+    /// Columns of `y [C, D]` that a matrix product of sub-chunk `sub` takes: those before it, decayed to its start, and if it is mild its
+    /// own, with the inverse of their decay.
+    fn columns(&self, y: &[f32], sub: usize) -> Vec<f32> {
+        let (dim, range) = (self.dim, self.sub(sub));
+        let mut columns = self.column_decay(sub);
+        vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
+        if self.is_mild[sub] {
+            let own = range.start * dim..range.end * dim;
+            let (y, inverse) = (&y[own.clone()], &self.inverse_decay[own]);
+            vectorized!(|| columns.extend(y.iter().zip(inverse).map(|(y, e)| y * e)));
+        }
+        columns
     }
 
     /// Calls `f(i, j, decay of the pair [D])` for the pairs j <= i inside sub-chunk `sub`.
@@ -212,11 +230,7 @@ impl<'a> Chunk<'a> {
             let range = self.sub(sub);
             let first = range.start * group * len;
             if sub > 0 || self.is_mild[sub] {
-                let mut columns = self.column_decay(sub);
-                vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
-                if self.is_mild[sub] {
-                    columns.extend(self.inverse_columns(y, sub));
-                }
+                let columns = self.columns(y, sub);
                 let scaled_rows = self.decayed_rows(x, sub);
                 let sizes = (scaled_rows.len() / dim, columns.len() / dim, dim);
                 let (x_rows, y_columns) = (rows(&scaled_rows, dim), rows(&columns, dim).t());
@@ -251,11 +265,7 @@ impl<'a> Chunk<'a> {
             let range = self.sub(sub);
             let first = range.start * group;
             if sub > 0 || self.is_mild[sub] {
-                let mut columns = self.column_decay(sub);
-                vectorized!(|| columns.iter_mut().zip(y).for_each(|(c, y)| *c *= y),);
-                if self.is_mild[sub] {
-                    columns.extend(self.inverse_columns(y, sub));
-                }
+                let columns = self.columns(y, sub);
                 let sizes = (range.len() * group, dim, columns.len() / dim);
                 let block = &mut out[first * dim..range.end * group * dim];
                 self.alone.matmul(

@@ -19,7 +19,7 @@ use crate::gemm::{Alone, Matrix, rows};
 use crate::math::{add_scaled, exp};
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 use crate::prefetch::prefetch;
-use chunk::{CHUNK, Chunk, hide_later};
+use chunk::{CHUNK, Chunk, hide_later, times_decay};
 use states::{OfChunks, added, added_gradient, pass};
 
 /// exp(-40) is nothing beside any sum in float32; below it a chunk's sums would swallow the small gates.
@@ -79,6 +79,13 @@ impl<'a> Problem<'a> {
         gates
     }
 
+    /// `a [m, k] b [k, n]`.
+    fn product(&self, sizes: (usize, usize, usize), a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+        let mut c = vec![0.0f32; sizes.0 * sizes.1];
+        self.alone.matmul((&mut c, sizes.1), sizes, (a, b), 1.0, false);
+        c
+    }
+
     /// `a [m, k] b [k, n]`, added to `c`.
     fn add_product(&self, c: &mut [f32], sizes: (usize, usize, usize), a: Matrix<'_>, b: Matrix<'_>) {
         self.alone.matmul((c, sizes.1), sizes, (a, b), 1.0, true);
@@ -101,18 +108,6 @@ struct Loaded {
     k: Vec<f32>,
     v: Vec<f32>,
     gates: Vec<f32>,
-}
-
-/// `x [C, G, D] * decay [C, D]`.
-fn times_decay(x: &[f32], decay: &[f32], dim: usize, group: usize) -> Vec<f32> {
-    let mut out = x.to_vec();
-    vectorized!(|| {
-        for (row, x) in out.chunks_exact_mut(dim).enumerate() {
-            let i = row / group;
-            x.iter_mut().zip(&decay[i * dim..(i + 1) * dim]).for_each(|(x, e)| *x *= e);
-        }
-    },);
-    out
 }
 
 /// `to + x [C, G, D] * decay [C, D]`.
@@ -142,16 +137,14 @@ fn chunk_output(c: &Loaded, chunk: &Chunk<'_>, state: &[f32], p: &Problem<'_>) -
     let from_start = chunk.start_decay();
     match p.axis {
         GateAxis::Key => {
-            let mut out = vec![0.0f32; count * dv];
             let a = chunk.scores(&c.q, &c.k);
-            p.add_product(&mut out, (count, dv, len), rows(&a, len), rows(&c.v, dv));
+            let mut out = p.product((count, dv, len), rows(&a, len), rows(&c.v, dv));
             let q = times_decay(&c.q, &from_start, dk, group);
             p.add_product(&mut out, (count, dv, dk), rows(&q, dk), rows(state, dv));
             out
         }
         GateAxis::Value => {
-            let mut out = vec![0.0f32; count * dv];
-            p.add_product(&mut out, (count, dv, dk), rows(&c.q, dk), rows(state, dv));
+            let out = p.product((count, dv, dk), rows(&c.q, dk), rows(state, dv));
             let inner = chunk.to_rows(&ungated_scores(&c.q, &c.k, dk, group, p.alone), &c.v);
             plus_decayed(inner, &out, &from_start, dv, group)
         }
@@ -387,23 +380,18 @@ fn chunk_gradients(
     let (dk, dv, group) = (p.sizes.heads.dim, p.sizes.value_dim, p.sizes.heads.group());
     let (len, count) = (c.k.len() / dk, c.q.len() / dk);
     let (from_start, to_end) = (chunk.start_decay(), chunk.end_decay());
-    let product = |sizes: (usize, usize, usize), a, b| {
-        let mut c = vec![0.0f32; sizes.0 * sizes.1];
-        p.add_product(&mut c, sizes, a, b);
-        c
-    };
     match p.axis {
         GateAxis::Key => {
             let da = ungated_scores(dout, &c.v, dv, group, p.alone);
             // dq = exp(b) (do S^T) + sum_j dA k E
-            let dq = product((count, dk, dv), rows(dout, dv), rows(state, dv).t());
+            let dq = p.product((count, dk, dv), rows(dout, dv), rows(state, dv).t());
             let dq = plus_decayed(chunk.to_rows(&da, &c.k), &dq, &from_start, dk, group);
             // dk = exp(e - b) (v dS^T) + sum_i dA q E
-            let dkey = product((len, dk, dv), rows(&c.v, dv), rows(dstate, dv).t());
+            let dkey = p.product((len, dk, dv), rows(&c.v, dv), rows(dstate, dv).t());
             let dkey = plus_decayed(chunk.to_columns(&da, &c.q), &dkey, &to_end, dk, 1);
             // dv = (k exp(e - b)) dS + A^T do
             let k = times_decay(&c.k, &to_end, dk, 1);
-            let mut dvalue = product((len, dv, dk), rows(&k, dk), rows(dstate, dv));
+            let mut dvalue = p.product((len, dv, dk), rows(&k, dk), rows(dstate, dv));
             let a = chunk.scores(&c.q, &c.k);
             p.add_product(&mut dvalue, (len, dv, count), rows(&a, len).t(), rows(dout, dv));
             let gate = gate_terms((&c.q, &dq), (&c.k, &dkey), dk, group);
@@ -415,13 +403,13 @@ fn chunk_gradients(
             let dout_decayed = times_decay(dout, &from_start, dv, group);
             let v = times_decay(&c.v, &to_end, dv, 1);
             // dv = exp(e - b) (k dS) + sum_i A do E
-            let dvalue = product((len, dv, dk), rows(&c.k, dk), rows(dstate, dv));
+            let dvalue = p.product((len, dv, dk), rows(&c.k, dk), rows(dstate, dv));
             let dvalue = plus_decayed(chunk.to_columns(&a, dout), &dvalue, &to_end, dv, 1);
             // dq = (do exp(b)) S^T + dA k
-            let mut dq = product((count, dk, dv), rows(&dout_decayed, dv), rows(state, dv).t());
+            let mut dq = p.product((count, dk, dv), rows(&dout_decayed, dv), rows(state, dv).t());
             p.add_product(&mut dq, (count, dk, len), rows(&da, len), rows(&c.k, dk));
             // dk = (v exp(e - b)) dS^T + dA^T q
-            let mut dkey = product((len, dk, dv), rows(&v, dv), rows(dstate, dv).t());
+            let mut dkey = p.product((len, dk, dv), rows(&v, dv), rows(dstate, dv).t());
             p.add_product(&mut dkey, (len, dk, count), rows(&da, len).t(), rows(&c.q, dk));
             let out = chunk_output(c, chunk, state, p);
             let gate = gate_terms((&out, dout), (&c.v, &dvalue), dv, group);
