@@ -4,7 +4,7 @@
 //! But for few rows the weights are cut into panels of 16, 32 or 48 outputs. As many as stay in the threads' caches are packed at a time, some terms of
 //! the sum, and all rows of the activations go by them, in the order that suits the kernel: packing costs as much as a few rows. A thread begins
 //! with the panels that it packed itself; one that is done takes rows of the others. Memory for all that is kept from call to call: fresh
-//! pages cost more than the work.
+//! pages cost more than the work. Weights of products that come again and again are packed once (`packed.rs`).
 
 mod amx;
 mod avx512;
@@ -212,7 +212,8 @@ pub(crate) fn product<C: Output, A: Source, B: Blocks>(
         }
         PACKED.set(packed);
     };
-    // Where there are many groups, a thread that is faster takes more of them. Few are packed and multiplied by all threads.
+    // Where there are many groups, a thread that is faster takes more of them. Few are packed and multiplied by all threads: as many at a
+    // time as there are threads, or, if they were packed before, all.
     if groups >= 8 * threads() {
         for_tasks(groups, |group| multiply_groups(group..group + 1));
     } else if matches!(b, Weights::Packed(_)) {

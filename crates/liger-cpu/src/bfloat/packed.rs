@@ -12,8 +12,8 @@ use super::{Kernel, STEP, pack_panels};
 use crate::gemm::Matrix;
 use crate::parallel::threads;
 
-/// Most elements of a matrix for which it pays: larger ones are cut into so many groups of panels that each thread packs and multiplies its
-/// own, in its caches (docs/benchmarks.md).
+/// Most elements of a matrix for which it pays: larger ones are cut into so many groups of panels that each of a few threads packs and
+/// multiplies its own, in its caches, and a large model's memory is not to be taken three times (docs/benchmarks.md).
 const MOST: usize = 8 << 20;
 
 /// Panels of a matrix `w [out, in]`, packed when they are first wanted.
@@ -89,5 +89,40 @@ impl<B: Blocks> Weights<'_, B> {
             Self::AsTheyLie(b) => b.covers(outputs, terms),
             Self::Packed(b) => (b.kernel, b.outputs, b.terms) == (kernel, outputs, terms),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use liger_tensor::{DType, Gemm, Ops, Result, Tensor};
+
+    use crate::Cpu;
+
+    /// Forward and input gradient of weights `[64, 96]`, 48 rows each.
+    fn products(cpu: &Cpu, w: &Tensor) -> Result<[Vec<f32>; 2]> {
+        let (x, dy) = (cpu.random(&[48, 96], 1.0, 1, DType::F32)?, cpu.random(&[48, 64], 1.0, 2, DType::F32)?);
+        let (mut y, mut dx) = (cpu.empty(&[48, 64])?, cpu.empty(&[48, 96])?);
+        cpu.gemm(&mut y, &x, w, Gemm::LINEAR)?;
+        cpu.gemm(&mut dx, &dy, w, Gemm::INPUT_GRADIENT)?;
+        Ok([cpu.download(&y)?, cpu.download(&dx)?])
+    }
+
+    #[test]
+    fn packed_weights_give_the_same_products_and_are_packed_again_when_they_change() -> Result<()> {
+        let cpu = Cpu::with_bfloat16();
+        let (mut plain, mut kept) =
+            (cpu.random(&[64, 96], 1.0, 0, DType::Bf16)?, cpu.random(&[64, 96], 1.0, 0, DType::Bf16)?);
+        cpu.keep_packed(&kept);
+        let before = products(&cpu, &plain)?;
+        assert_eq!(products(&cpu, &kept)?, before);
+        assert_eq!(products(&cpu, &kept)?, before);
+        for w in [&mut plain, &mut kept] {
+            w.as_bf16_mut()?.fill(bf16::ONE);
+        }
+        let after = products(&cpu, &plain)?;
+        assert_ne!(after, before);
+        assert_eq!(products(&cpu, &kept)?, after);
+        Ok(())
     }
 }
