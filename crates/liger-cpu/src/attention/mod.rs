@@ -243,11 +243,12 @@ pub(crate) fn backward(
         let (sequence, head) = (sequences.list()[pair / heads.kv], pair % heads.kv);
         let start = sequence.position;
         let source = |new| Source { new, past: None, cache_rows: 0, spec, sequence, heads, head };
-        // Gradients of this head's keys and values, [T, D].
-        let mut all_dk = vec![0.0f32; sequence.len * d];
-        let mut all_dv = vec![0.0f32; sequence.len * d];
         let blocks = blocks(spec, sequence);
-        for &(first, last) in &blocks[blocks.len() * run / runs..blocks.len() * (run + 1) / runs] {
+        let own = &blocks[blocks.len() * run / runs..blocks.len() * (run + 1) / runs];
+        // Gradients of this head's keys and values that the run sees, [keys, D].
+        let len = own.last().map_or(0, |&(_, last)| last) * d;
+        let (mut all_dk, mut all_dv) = (vec![0.0f32; len], vec![0.0f32; len]);
+        for &(first, last) in own {
             let seen = visible(spec, kept.get(pair), start, start + first, start + last);
             let (keys, values) = (source(k).gather_keys(&seen, &turns), source(v).gather(&seen));
             let block = sequence.start + first..sequence.start + last;
@@ -292,17 +293,22 @@ pub(crate) fn backward(
         let part = unsafe { all_parts.slice(task, 1) };
         part[0] = [all_dk, all_dv];
     });
-    for_tasks(pairs, |pair| {
+    for_tasks(2 * pairs, |task| {
+        let (pair, which) = (task / 2, task % 2);
         let (sequence, head) = (sequences.list()[pair / heads.kv], pair % heads.kv);
-        let parts = &parts[pair * runs..(pair + 1) * runs];
-        for (which, to) in [&dk, &dv].into_iter().enumerate() {
+        let to = [&dk, &dv][which];
+        let Some((last, earlier)) = parts[pair * runs..(pair + 1) * runs].split_last() else { return };
+        vectorized!(|| {
             for t in 0..sequence.len {
-                // SAFETY: each (token, head) belongs to exactly one task.
+                // SAFETY: each (token, head) of keys or values belongs to exactly one task.
                 let row = unsafe { to.slice(kv_at(heads, sequence.start + t, head), d) };
-                row.copy_from_slice(&parts[0][which][t * d..(t + 1) * d]);
-                parts[1..].iter().for_each(|part| add_scaled(row, 1.0, &part[which][t * d..(t + 1) * d]));
+                // The last run sees all keys.
+                row.copy_from_slice(&last[which][t * d..(t + 1) * d]);
+                for part in earlier.iter().map(|part| &part[which]).filter(|part| part.len() > t * d) {
+                    add_scaled(row, 1.0, &part[t * d..(t + 1) * d]);
+                }
             }
-        }
+        },);
     });
     Ok(())
 }
