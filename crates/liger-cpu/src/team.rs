@@ -99,7 +99,7 @@ fn team() -> &'static Team {
             let cpu = cpus.next();
             let started = std::thread::Builder::new().name(format!("liger-cpu-{i}")).spawn(move || {
                 if let Some(cpu) = cpu {
-                    cpu.keep_to();
+                    keep_to_cpu(cpu);
                 }
                 team.work(member, i + 1);
             });
@@ -112,33 +112,29 @@ fn team() -> &'static Team {
     })
 }
 
-/// A CPU for each member, if with the calling thread they are as many as the CPUs that the program may use: the system then has none that is
+/// The number of a CPU for each member, if with the calling thread they are as many as the CPUs that the program may use: the system then has none that is
 /// free for a thread it moves. The calling thread, which is not ours, is left the first one. Else none: they go where there is room.
-fn cpus_of_members(members: usize) -> Vec<Cpu> {
+fn cpus_of_members(members: usize) -> Vec<usize> {
     #[cfg(target_os = "linux")]
     if let Ok(allowed) = rustix::thread::sched_getaffinity(None)
         && allowed.count() as usize == members + 1
     {
-        return (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).skip(1).map(Cpu).collect();
+        return (0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).skip(1).collect();
     }
     let _ = members;
     Vec::new()
 }
 
-/// A CPU by its number.
-#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
-struct Cpu(usize);
-
-impl Cpu {
-    /// Keeps the thread that calls to this CPU, if the system lets it.
-    fn keep_to(self) {
-        #[cfg(target_os = "linux")]
-        {
-            let mut only = CpuSet::new();
-            only.set(self.0);
-            let _ = rustix::thread::sched_setaffinity(None, &only);
-        }
+/// Keeps the thread that calls to the CPU of this number, if the system lets it.
+fn keep_to_cpu(number: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        let mut only = CpuSet::new();
+        only.set(number);
+        let _ = rustix::thread::sched_setaffinity(None, &only);
     }
+    #[cfg(not(target_os = "linux"))]
+    let _ = number;
 }
 
 impl Team {
@@ -274,13 +270,12 @@ mod tests {
         let cpus = cpus_of_members(count - 1);
         assert_eq!(cpus.len(), count - 1);
         for cpu in cpus {
-            let number = cpu.0;
             let only = std::thread::spawn(move || {
-                cpu.keep_to();
+                keep_to_cpu(cpu);
                 rustix::thread::sched_getaffinity(None).unwrap()
             });
             let only = only.join().unwrap();
-            assert!(only.count() == 1 && only.is_set(number) && allowed.is_set(number));
+            assert!(only.count() == 1 && only.is_set(cpu) && allowed.is_set(cpu));
         }
     }
 

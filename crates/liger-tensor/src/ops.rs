@@ -270,7 +270,7 @@ pub trait Ops: Send + Sync {
     fn combine(&self, out: &mut Tensor, a: f32, x: &Tensor, b: f32, y: &Tensor) -> Result<()>;
     /// Rotates the halves of each head of `x [N, heads, D]` by the `angles`, cosines and sines `[N, D/2]`.
     fn rope_forward(&self, out: &mut Tensor, x: &Tensor, angles: (&Tensor, &Tensor)) -> Result<()>;
-    /// `dx = keep dx + scale dy`, with `dy` rotated back; what is not kept is not read.
+    /// `dx = keep dx + scale dy`, with `dy` rotated back; what is not kept may be anything.
     fn rope_backward(
         &self,
         dx: &mut Tensor,

@@ -169,7 +169,7 @@ pub(crate) fn product<C: Output, A: Source, B: Blocks>(
     scale: f32,
     accumulate: bool,
 ) {
-    assert!(c.len() == m * n && a.len() == m * k && b.are(kernel, (n, k)), "bfloat16 product {m} x {k} x {n}");
+    assert!(c.len() == m * n && a.len() == m * k && b.fit(kernel, (n, k)), "bfloat16 product {m} x {k} x {n}");
     let (stride, panel) = (k.next_multiple_of(STEP) / 2, kernel.panel(n));
     let mut rounded = ROUNDED.take();
     let rows_together = kernel.rows_together(a, (m, k));

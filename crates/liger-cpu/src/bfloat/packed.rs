@@ -83,8 +83,8 @@ pub(crate) enum Weights<'a, B> {
 }
 
 impl<B: Blocks> Weights<'_, B> {
-    /// Whether they are `[outputs, terms]`, or cover that, in this kernel's order.
-    pub(super) fn are(self, kernel: Kernel, (outputs, terms): (usize, usize)) -> bool {
+    /// Whether they are packed as `[outputs, terms]` in this kernel's order, or cover that as they lie.
+    pub(super) fn fit(self, kernel: Kernel, (outputs, terms): (usize, usize)) -> bool {
         match self {
             Self::AsTheyLie(b) => b.covers(outputs, terms),
             Self::Packed(b) => (b.kernel, b.outputs, b.terms) == (kernel, outputs, terms),

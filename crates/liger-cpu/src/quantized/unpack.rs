@@ -118,15 +118,7 @@ mod tests {
                 let round = |x: f32| f64::from(bf16::from_f32(x).to_f32());
                 for kernel in bfloat::available() {
                     let mut c = vec![1.0; m * n];
-                    bfloat::product(
-                        kernel,
-                        &mut c,
-                        &x,
-                        crate::bfloat::Weights::AsTheyLie(&weights),
-                        (m, n, k),
-                        0.5,
-                        true,
-                    );
+                    bfloat::product(kernel, &mut c, &x, bfloat::Weights::AsTheyLie(&weights), (m, n, k), 0.5, true);
                     for (at, c) in c.iter().enumerate() {
                         let terms = x[at / n * k..][..k].iter().zip(&rows[at % n * k..][..k]);
                         let expected = 1.0 + 0.5 * terms.map(|(x, w)| round(*x) * round(*w)).sum::<f64>();
