@@ -69,8 +69,8 @@ impl BlockType {
         (count / elements as u64).checked_mul(bytes as u64)
     }
 
-    /// The element type in which weights of this type are kept without unpacking them: exactly, or for the types of five and
-    /// six bits rounded to eight. `None` for float16, which has no such type.
+    /// The element type in which weights of this type are kept without unpacking them: exactly, or for Q5_1, Q5_K and Q6_K
+    /// rounded to eight bits. `None` for float16, which has no such type.
     pub(crate) fn stored(self) -> Option<DType> {
         match self {
             Self::F32 => Some(DType::F32),
@@ -90,7 +90,8 @@ impl BlockType {
                 blocks.flat_map(|block| four_bits(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..])).collect()
             }
             Self::Q4K => bytes.chunks_exact(self.size().1).flat_map(k_blocks).collect(),
-            Self::Q5_0 | Self::Q5_1 | Self::Q5K | Self::Q6K => quantize(&self.unpack(&bytes), DType::Q8_0),
+            Self::Q5_0 => bytes.chunks_exact(self.size().1).flat_map(widened_five_bits).collect(),
+            Self::Q5_1 | Self::Q5K | Self::Q6K => quantize(&self.unpack(&bytes), DType::Q8_0),
         }
     }
 
@@ -170,6 +171,13 @@ fn four_bits(scale: f32, minimum: f32, nibbles: &[u8]) -> Vec<u8> {
     numbers.as_flattened().iter().chain(nibbles).copied().collect()
 }
 
+/// A block of Q8_0 out of one of Q5_0, for the same numbers: `scale (q - 16)`.
+fn widened_five_bits(block: &[u8]) -> Vec<u8> {
+    let mut values = Vec::with_capacity(BLOCK);
+    nibbles(&mut values, &block[6..], Some(word_at(block, 2)), -16.0, 1.0);
+    block[..2].iter().copied().chain(values.into_iter().map(|q| (q as i8).to_le_bytes()[0])).collect()
+}
+
 /// Eight blocks of Q4_1 out of one of Q4_K; scales and minima are rounded to float16.
 fn k_blocks(block: &[u8]) -> Vec<u8> {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
@@ -224,7 +232,10 @@ mod tests {
                 _ => continue,
             };
             let largest = expected.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-            let bound = if matches!(block, BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q4_1) { 1e-6 } else { 5e-3 };
+            let bound = match block {
+                BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q4_1 | BlockType::Q5_0 => 1e-6,
+                _ => 5e-3,
+            };
             for (x, y) in kept.iter().zip(&expected) {
                 assert!(
                     (x - y).abs() <= bound * largest,
