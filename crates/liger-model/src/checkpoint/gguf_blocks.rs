@@ -69,7 +69,8 @@ impl BlockType {
         (count / elements as u64).checked_mul(bytes as u64)
     }
 
-    /// The element type in which weights of this type are kept without unpacking them: exactly, or for Q5_1, Q5_K and Q6_K
+    /// The element type in which weights of this type are kept without unpacking them: exactly (of Q4_K, scales and minima in
+    /// float16), or for Q5_1, Q5_K and Q6_K
     /// rounded to eight bits. `None` for float16, which has no such type.
     pub(crate) fn stored(self) -> Option<DType> {
         match self {
