@@ -27,6 +27,7 @@ mod mapped;
 mod math;
 mod memory;
 mod narrow;
+mod pages;
 mod parallel;
 mod prefetch;
 mod profile;
@@ -39,15 +40,16 @@ mod tiles;
 
 use std::any::Any;
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
 use liger_tensor::checks::row_range;
-use liger_tensor::quantize::{BLOCK, quantize};
+use liger_tensor::quantize::quantize;
 use liger_tensor::{
-    Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, DType, Draw, Error, FeatureGradients,
-    FeatureSpec, Features, Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result, Sequences, Storage,
-    Tensor, low_rank_backward_by_products, low_rank_forward_by_products,
+    Activation, AdamwParameter, AdamwStep, Attention, AttentionGradients, BlockRows, DType, Draw, Error,
+    FeatureGradients, FeatureSpec, Features, Gemm, KeyValueCache, Ops, Pool, Recurrence, RecurrenceGradients, Result,
+    Sequences, Storage, Tensor, low_rank_backward_by_products, low_rank_forward_by_products,
 };
 
 use crate::quantized::Quantized;
@@ -153,7 +155,16 @@ impl Ops for Cpu {
             match dtype {
                 DType::F32 => Storage::F32(data.into()),
                 DType::Bf16 => Storage::Bf16(data.into_iter().map(bf16::from_f32).collect::<Vec<_>>().into()),
-                DType::Q8_0 | DType::Q4_1 => return self.upload_blocks(&quantize(&data, dtype), shape, dtype),
+                DType::Q8_0 | DType::Q4_1 if shape.len() == 2 => {
+                    let blocks =
+                        |rows: Range<usize>| Ok(quantize(&data[rows.start * shape[1]..rows.end * shape[1]], dtype));
+                    return self.upload_blocks(&blocks, shape, dtype);
+                }
+                _ => {
+                    let (found, expected) =
+                        (dtype.name(), "a type to round to: f32, bf16, or of matrices q8_0 or q4_1");
+                    return Err(Error::Storage { operation: "upload", found, expected });
+                }
             },
         ))
     }
@@ -175,13 +186,16 @@ impl Ops for Cpu {
         true
     }
 
-    fn upload_blocks(&self, blocks: &[u8], shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let fits = dtype.is_quantized() && shape.len() == 2 && shape[1].is_multiple_of(BLOCK);
-        if !fits || blocks.len() != dtype.bytes(shape.iter().product()) {
-            let expected = format!("a matrix of whole blocks of {BLOCK}, {} bytes in all", blocks.len());
+    fn upload_blocks(&self, rows: &BlockRows<'_>, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let &[height, width] = shape else {
+            let expected = "a matrix".to_owned();
+            return Err(Error::Shape { operation: "upload_blocks", found: shape.to_vec(), expected });
+        };
+        if !dtype.is_quantized() || !width.is_multiple_of(dtype.block()) {
+            let expected = format!("rows of whole blocks of {} in {}", dtype.block(), dtype.name());
             return Err(Error::Shape { operation: "upload_blocks", found: shape.to_vec(), expected });
         }
-        let packed = Quantized::pack(blocks, (shape[0], shape[1]), dtype);
+        let packed = Quantized::pack(rows, (height, width), dtype)?;
         Ok(Tensor::device(shape, dtype, Box::new(packed)))
     }
 

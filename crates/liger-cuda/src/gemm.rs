@@ -56,7 +56,7 @@ fn cuda_type(dtype: DType) -> sys::cudaDataType {
     match dtype {
         DType::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
         // Quantised weights never come onto a GPU.
-        DType::F32 | DType::Q8_0 | DType::Q4_1 => sys::cudaDataType_t::CUDA_R_32F,
+        _ => sys::cudaDataType_t::CUDA_R_32F,
     }
 }
 

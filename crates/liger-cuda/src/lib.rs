@@ -198,7 +198,7 @@ impl Ops for Cuda {
                 let narrow: Vec<bf16> = data.into_iter().map(bf16::from_f32).collect();
                 self.gpu.write(&block, &narrow)?;
             }
-            DType::Q8_0 | DType::Q4_1 => return Err(Error::NO_BLOCKS),
+            _ => return Err(Error::NO_BLOCKS),
         }
         Ok(Tensor::device(shape, dtype, Box::new(block) as Box<dyn DeviceMemory>))
     }
@@ -216,7 +216,7 @@ impl Ops for Cuda {
                         let raw: Vec<bf16> = self.gpu.read(from, tensor.len())?;
                         Ok(raw.into_iter().map(bf16::to_f32).collect())
                     }
-                    DType::Q8_0 | DType::Q4_1 => Err(Error::NO_BLOCKS),
+                    _ => Err(Error::NO_BLOCKS),
                 }
             }
         }

@@ -44,6 +44,9 @@ pub enum Error {
         /// What the device says.
         message: String,
     },
+    /// What was to be kept on the device could not be read.
+    #[error("cannot read: {0}")]
+    Read(#[from] std::io::Error),
     /// A token id is not in the embedding table.
     #[error("token id {id} is out of range: the model has {vocabulary} tokens")]
     TokenOutOfRange {

@@ -23,7 +23,7 @@ pub use buffer::{Buffer, Lines};
 pub use error::{Error, Result};
 pub use features::{FeatureGradients, FeatureMap, FeatureSpec, Features, Gate};
 pub use ops::{
-    Activation, AdamwParameter, AdamwStep, Draw, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients,
+    Activation, AdamwParameter, AdamwStep, BlockRows, Draw, GateAxis, Gemm, Ops, Recurrence, RecurrenceGradients,
     low_rank_backward_by_products, low_rank_forward_by_products,
 };
 pub use sequences::{Sequence, Sequences};

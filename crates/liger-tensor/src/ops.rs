@@ -1,10 +1,14 @@
 use std::any::Any;
 use std::fs::File;
+use std::ops::Range;
 
 use crate::{
     Attention, AttentionGradients, DType, Error, FeatureGradients, FeatureSpec, Features, KeyValueCache, Result,
     Sequences, StepOps, Tensor,
 };
+
+/// Reads the blocks of some rows of a quantised matrix, see [`Ops::upload_blocks`].
+pub type BlockRows<'a> = dyn Fn(Range<usize>) -> std::io::Result<Vec<u8>> + Sync + 'a;
 
 /// `c = scale * op(a) op(b) (+ c)`, where `op` transposes if asked.
 #[derive(Debug, Clone, Copy)]
@@ -197,11 +201,12 @@ pub trait Ops: Send + Sync {
     fn takes_blocks(&self) -> bool {
         false
     }
-    /// Keeps a matrix of ggml's blocks ([`quantize`](crate::quantize)), row by row, for products with 8-bit integers.
+    /// Keeps a matrix of ggml's blocks ([`quantize`](crate::quantize)) for products with 8-bit integers. `rows` reads the blocks of some
+    /// rows, one row after the other; it is called by several threads, once for every row.
     ///
     /// # Errors
-    /// [`Error::Storage`](crate::Error::Storage) on a device that has no such products.
-    fn upload_blocks(&self, _blocks: &[u8], _shape: &[usize], _dtype: DType) -> Result<Tensor> {
+    /// [`Error::Storage`](crate::Error::Storage) on a device that has no such products, [`Error::Read`](crate::Error::Read) if `rows` fails.
+    fn upload_blocks(&self, _rows: &BlockRows<'_>, _shape: &[usize], _dtype: DType) -> Result<Tensor> {
         Err(Error::NO_BLOCKS)
     }
     /// The elements as float32.

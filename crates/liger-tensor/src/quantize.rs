@@ -7,8 +7,10 @@ use crate::DType;
 
 /// Elements of a block.
 pub const BLOCK: usize = 32;
+/// Elements that share a scale of `Q4_K` and `Q6_K`, in blocks with scales relative to it.
+pub const SUPER_BLOCK: usize = 256;
 
-/// Packs whole blocks of `values`; nothing for a type that has no blocks. A block's scale is what brings its largest element
+/// Packs whole blocks of `values` as `Q8_0` or `Q4_1`; nothing for other types. A block's scale is what brings its largest element
 /// to 127 (`Q8_0`), or its span to 15 (`Q4_1`).
 pub fn quantize(values: &[f32], dtype: DType) -> Vec<u8> {
     let mut out = Vec::with_capacity(dtype.bytes(values.len()));
@@ -17,7 +19,7 @@ pub fn quantize(values: &[f32], dtype: DType) -> Vec<u8> {
         match dtype {
             DType::Q8_0 => eight_bits(&mut out, block),
             DType::Q4_1 => four_bits(&mut out, block),
-            DType::F32 | DType::Bf16 => {}
+            DType::F32 | DType::Bf16 | DType::Q4K | DType::Q6K => {}
         }
     }
     out

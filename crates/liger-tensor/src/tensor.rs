@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use half::bf16;
 
-use crate::quantize::BLOCK;
+use crate::quantize::{BLOCK, SUPER_BLOCK};
 use crate::{Buffer, Error, Lines, Result};
 
 /// Element type of a tensor.
@@ -19,6 +19,12 @@ pub enum DType {
     /// For frozen weights on the CPU, as ggml has it: of every 32 elements of a row a float16 scale and minimum, and 4 bits
     /// each.
     Q4_1,
+    /// For frozen weights on the CPU, as ggml has it: of every 256 elements of a row a float16 scale and minimum, of every 32 of them 6
+    /// bits for each of the two, and 4 bits each.
+    Q4K,
+    /// For frozen weights on the CPU, as ggml has it: of every 256 elements of a row a float16 scale, of every 16 of them 8 bits for it,
+    /// and 6 bits each.
+    Q6K,
 }
 
 impl DType {
@@ -29,6 +35,17 @@ impl DType {
             Self::Bf16 => 2 * count,
             Self::Q8_0 => count / BLOCK * 34,
             Self::Q4_1 => count / BLOCK * 20,
+            Self::Q4K => count / SUPER_BLOCK * 144,
+            Self::Q6K => count / SUPER_BLOCK * 210,
+        }
+    }
+
+    /// Elements that are packed together.
+    pub fn block(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 1,
+            Self::Q8_0 | Self::Q4_1 => BLOCK,
+            Self::Q4K | Self::Q6K => SUPER_BLOCK,
         }
     }
 
@@ -39,12 +56,14 @@ impl DType {
             Self::Bf16 => "bfloat16",
             Self::Q8_0 => "Q8_0",
             Self::Q4_1 => "Q4_1",
+            Self::Q4K => "Q4_K",
+            Self::Q6K => "Q6_K",
         }
     }
 
-    /// Whether elements are packed in blocks of [`BLOCK`].
+    /// Whether elements are packed in blocks.
     pub fn is_quantized(self) -> bool {
-        matches!(self, Self::Q8_0 | Self::Q4_1)
+        self.block() > 1
     }
 }
 

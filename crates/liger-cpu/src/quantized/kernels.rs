@@ -6,11 +6,11 @@
 use std::ops::Range;
 
 use half::bf16;
-use liger_tensor::DType;
-use liger_tensor::quantize::BLOCK;
+use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
 
+use super::form::{Form, Q8_0, by_form};
 use super::rounded::Rows;
-use super::{LANES, Line, Quantized, STEP, Sixteen};
+use super::{Block, Fine, LANES, Line, Quantized, STEP, Sixteen, pack};
 use crate::element::Element;
 use crate::parallel::Disjoint;
 #[cfg(target_arch = "x86_64")]
@@ -138,21 +138,36 @@ pub(super) fn piece(kernel: Kernel, p: &Piece<'_>) {
 
 /// What a tile reads of one group of outputs.
 #[derive(Clone, Copy)]
-struct Group<'a> {
+pub(super) struct Group<'a> {
     quants: &'a [Line],
-    scales: &'a [Sixteen],
-    offsets: &'a [Sixteen],
+    pub(super) scales: &'a [Sixteen],
+    pub(super) offsets: &'a [Sixteen],
+    pub(super) fine: &'a [Fine],
 }
 
-#[cfg(target_arch = "x86_64")]
+/// Number that goes with a block: of its own, or of the 256 terms that it is among.
+#[inline(always)]
+pub(super) fn number<F: Form>(block: usize) -> usize {
+    if F::FINE { block / (SUPER_BLOCK / BLOCK) } else { block }
+}
+
 impl Group<'_> {
-    /// Asks for a block of weights that lies so many blocks behind the group's first: of a group that this thread most likely comes to.
+    /// Panics unless it has so many blocks.
     #[inline(always)]
-    fn ask_ahead(&self, block: usize, lines: usize, has_offsets: bool) {
-        prefetch(self.quants.as_ptr().wrapping_add(block * lines), lines);
-        prefetch(self.scales.as_ptr().wrapping_add(block), 1);
-        if has_offsets {
-            prefetch(self.offsets.as_ptr().wrapping_add(block), 1);
+    fn check<F: Form>(&self, blocks: usize) {
+        let numbers = number::<F>(blocks);
+        assert!(self.quants.len() == blocks * F::BITS && self.scales.len() == numbers);
+        assert!(self.offsets.len() == if F::OFFSETS { numbers } else { 0 });
+        assert!(self.fine.len() == if F::FINE { blocks } else { 0 });
+    }
+
+    /// Asks for the block that comes some blocks later: of fewer bits, more is computed for each line than the CPU looks ahead over.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn ask_ahead<F: Form>(&self, block: usize) {
+        const AHEAD: usize = 12;
+        if F::BITS < 8 {
+            prefetch(self.quants.as_ptr().wrapping_add((block + AHEAD) * F::BITS), F::BITS);
         }
     }
 }
@@ -163,11 +178,18 @@ impl Piece<'_> {
     }
 
     fn group(&self, group: usize) -> Group<'_> {
-        let (blocks, lines) = (self.blocks(), self.w.lines());
-        let of = |all: &'_ [Sixteen]| group * blocks..((group + 1) * blocks).min(all.len());
-        let quants = &self.w.quants[group * blocks * lines..(group + 1) * blocks * lines];
-        let offsets = if self.w.offsets.is_empty() { &[][..] } else { &self.w.offsets[of(&self.w.offsets)] };
-        Group { quants, scales: &self.w.scales[of(&self.w.scales)], offsets }
+        // Where a matrix has none of something, so has its group.
+        fn of<T>(all: &[T], group: usize, width: usize) -> &[T] {
+            if all.is_empty() { all } else { &all[group * width..(group + 1) * width] }
+        }
+        let (w, blocks) = (self.w, self.blocks());
+        let numbers = w.columns / w.dtype.block();
+        Group {
+            quants: of(&w.quants, group, blocks * pack::lines(w.dtype)),
+            scales: of(&w.scales, group, numbers),
+            offsets: of(&w.offsets, group, numbers),
+            fine: of(&w.fine, group, blocks),
+        }
     }
 
     fn row(&self, row: usize) -> Rows<'_> {
@@ -193,33 +215,35 @@ impl Piece<'_> {
 }
 
 fn portable(p: &Piece<'_>) {
-    let (lines, zero) = (p.w.lines(), p.w.zero());
+    by_form!(p.w, F => portable_of::<F>(p));
+}
+
+fn portable_of<F: Form>(p: &Piece<'_>) {
+    let blocks = p.blocks();
     for group in p.groups.clone() {
-        let w = p.group(group);
         for row in p.rows.clone() {
-            let Rows { words, scales, sums, .. } = p.row(row);
+            let x = p.row(row);
             let mut total = [0.0f32; LANES];
-            for (b, x) in words.chunks_exact(BLOCK).enumerate() {
-                let mut sum = [(-zero).wrapping_mul(sums[b]); LANES];
-                for (step, x) in x.chunks_exact(STEP).enumerate() {
-                    let line = &w.quants[b * lines + step % lines].0;
-                    for (sum, w) in sum.iter_mut().zip(line.chunks_exact(STEP)) {
-                        for (w, x) in w.iter().zip(x) {
-                            let w = match p.w.dtype {
-                                DType::Q8_0 => *w,
-                                _ if step < lines => w & 15,
-                                _ => w >> 4,
-                            };
-                            *sum = sum.wrapping_add(i32::from(w) * i32::from(*x));
+            for b in 0..blocks {
+                let w = Block::<F>::at(p.w, group * blocks + b);
+                for part in 0..F::PARTS {
+                    let mut sum = [(-F::ZERO).wrapping_mul(x.sum::<F>(b, part)); LANES];
+                    for i in 0..F::STEPS {
+                        let step = F::step(part, i);
+                        let terms = &x.words[b * BLOCK + step * STEP..b * BLOCK + (step + 1) * STEP];
+                        for (lane, sum) in sum.iter_mut().enumerate() {
+                            for (i, x) in terms.iter().enumerate() {
+                                *sum = sum.wrapping_add(w.quant(step, lane * STEP + i) * i32::from(*x));
+                            }
                         }
                     }
-                }
-                let number = |n: u16| half::f16::from_bits(n).to_f32();
-                for (lane, (total, sum)) in total.iter_mut().zip(sum).enumerate() {
-                    *total += number(w.scales[b].0[lane]) * scales[b] * sum as f32;
-                    if let Some(offsets) = w.offsets.get(b) {
-                        *total += number(offsets.0[lane]) * (scales[b] * sums[b] as f32);
+                    for (lane, (total, sum)) in total.iter_mut().zip(sum).enumerate() {
+                        *total += w.scale(part, lane) * x.scales[b] * sum as f32;
                     }
+                }
+                if F::OFFSETS {
+                    let sum = x.scales[b] * x.sum::<Q8_0>(b, 0) as f32;
+                    total.iter_mut().enumerate().for_each(|(lane, total)| *total += w.offset(lane) * sum);
                 }
             }
             p.store(row, group, &total);
@@ -227,40 +251,29 @@ fn portable(p: &Piece<'_>) {
     }
 }
 
-/// Walks through a piece in tiles of some groups times some rows: few rows want many groups, so that enough sums are under
-/// way at once. After `$features` come numbers of groups, most first, each with the numbers of rows that go with it, from 1.
+/// Walks through a piece in tiles of one group times some rows: weights are read one after another, as fast as memory gives them (two and
+/// four groups side by side are slower there). After `$features` come the numbers of rows that a tile may have, from 1.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! tiles {
-    ($p:expr, $tile:ident, $features:literal, $([$groups:literal: $($rows:literal)*])*) => {{
+    ($p:expr, $tile:ident, $features:literal, $($rows:literal)*) => {{
         #[target_feature(enable = $features)]
-        fn all<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>) {
-            let mut group = p.groups.start;
-            'next: while group < p.groups.end {
-                $(
-                    let most = [$($rows),*].len();
-                    if p.groups.end - group >= $groups && (p.rows.len() <= most || $groups == 1) {
-                        let mut row = p.rows.start;
-                        while row < p.rows.end {
-                            // What is left is cut evenly: 13 rows are tiles of 7 and 6, not of 12 and 1.
-                            let left = p.rows.end - row;
-                            let count = left.div_ceil(left.div_ceil(most));
-                            match count {
-                                $($rows => $tile::<$rows, $groups, FOUR, OFFSETS>(p, row, group),)*
-                                _ => unreachable!("rows of a tile"),
-                            }
-                            row += count;
-                        }
-                        group += $groups;
-                        continue 'next;
+        fn all<F: Form>(p: &Piece<'_>) {
+            let most = [$($rows),*].len();
+            for group in p.groups.clone() {
+                let mut row = p.rows.start;
+                while row < p.rows.end {
+                    // What is left is cut evenly: 13 rows are tiles of 7 and 6, not of 12 and 1.
+                    let left = p.rows.end - row;
+                    let count = left.div_ceil(left.div_ceil(most));
+                    match count {
+                        $($rows => $tile::<$rows, F>(p, row, group),)*
+                        _ => unreachable!("rows of a tile"),
                     }
-                )*
+                    row += count;
+                }
             }
         }
-        match ($p.w.dtype == DType::Q8_0, $p.w.offsets.is_empty()) {
-            (true, _) => all::<false, false>($p),
-            (false, true) => all::<true, false>($p),
-            (false, false) => all::<true, true>($p),
-        }
+        by_form!($p.w, F => all::<F>($p))
     }};
 }
 
@@ -273,102 +286,73 @@ mod neon;
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
-        _mm512_load_si512, _mm512_mul_ps, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-        _mm512_setzero_si512, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_storeu_ps,
+        _mm512_add_epi32, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_mul_ps, _mm512_set1_epi32,
+        _mm512_set1_ps, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
-    use super::super::unpack::numbers;
-    use super::{BLOCK, DType, LANES, Piece, STEP};
+    use super::super::unpack::{offset, quants, scale};
+    use super::{BLOCK, Form, LANES, Piece, Q8_0, STEP, by_form};
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn piece(p: &Piece<'_>) {
-        tiles!(p, tile, "avx512f,avx512bw,avx512vnni", [4: 1 2] [2: 1 2 3 4] [1: 1 2 3 4 5 6 7 8]);
+        tiles!(p, tile, "avx512f,avx512bw,avx512vnni", 1 2 3 4 5 6 7 8);
     }
 
     // No closures here: what the standard library calls with them is compiled without these instructions.
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     #[inline]
-    fn tile<const R: usize, const G: usize, const FOUR: bool, const OFFSETS: bool>(
-        p: &Piece<'_>,
-        row: usize,
-        group: usize,
-    ) {
-        let (mut w, mut x) = ([p.group(group); G], [p.row(row); R]);
-        for g in 1..G {
-            w[g] = p.group(group + g);
-        }
+    fn tile<const R: usize, F: Form>(p: &Piece<'_>, row: usize, group: usize) {
+        let (w, mut x) = (p.group(group), [p.row(row); R]);
         for r in 1..R {
             x[r] = p.row(row + r);
         }
-        let (blocks, zero) = (p.blocks(), p.w.zero());
-        let lines = if FOUR { BLOCK / STEP / 2 } else { BLOCK / STEP };
-        assert!(w.iter().all(|w| w.quants.len() == blocks * lines && w.scales.len() == blocks));
+        let blocks = p.blocks();
+        w.check::<F>(blocks);
         assert!(x.iter().all(|x| x.bytes.len() == 2 * blocks * BLOCK));
-        let low = _mm512_set1_epi8(15);
-        let mut totals = [[_mm512_setzero_ps(); G]; R];
+        let mut totals = [_mm512_setzero_ps(); R];
         for b in 0..blocks {
             if row == p.rows.start {
-                for g in 0..G {
-                    w[g].ask_ahead(G * blocks + b, lines, OFFSETS);
-                }
+                w.ask_ahead::<F>(b);
             }
-            // Sums of the high bytes and of the low ones.
-            let mut sums = [[[_mm512_setzero_si512(); G]; R]; 2];
-            for r in 0..R {
-                sums[1][r] = [_mm512_set1_epi32((-zero).wrapping_mul(x[r].sums[b])); G];
-            }
-            for line in 0..lines {
-                let mut quants = [_mm512_setzero_si512(); G];
-                for g in 0..G {
-                    // SAFETY: 64 bytes that are aligned by their type; as many as asserted.
-                    quants[g] = unsafe { _mm512_load_si512(w[g].quants.as_ptr().add(b * lines + line).cast()) };
+            let lines = &w.quants[b * F::BITS..(b + 1) * F::BITS];
+            for part in 0..F::PARTS {
+                // Sums of the high bytes and of the low ones.
+                let mut sums = [[_mm512_setzero_si512(); R]; 2];
+                for r in 0..R {
+                    sums[1][r] = _mm512_set1_epi32((-F::ZERO).wrapping_mul(x[r].sum::<F>(b, part)));
                 }
-                for half in 0..BLOCK / STEP / lines {
-                    let mut halves = quants;
-                    for g in 0..G {
-                        halves[g] = match (FOUR, half) {
-                            (false, _) => quants[g],
-                            (true, 0) => _mm512_and_si512(quants[g], low),
-                            (true, _) => _mm512_and_si512(_mm512_srli_epi16::<4>(quants[g]), low),
-                        };
-                    }
+                for i in 0..F::STEPS {
+                    let step = F::step(part, i);
+                    let weights = quants::<F>(lines, step);
                     for byte in 0..2 {
                         for r in 0..R {
-                            let at = (2 * b + byte) * BLOCK + (half * lines + line) * STEP;
+                            let at = (2 * b + byte) * BLOCK + step * STEP;
                             // SAFETY: four bytes, no alignment needed; as many as asserted.
                             let terms = unsafe { x[r].bytes.as_ptr().add(at).cast::<i32>().read_unaligned() };
-                            let terms = _mm512_set1_epi32(terms);
-                            for g in 0..G {
-                                sums[byte][r][g] = _mm512_dpbusd_epi32(sums[byte][r][g], halves[g], terms);
-                            }
+                            sums[byte][r] = _mm512_dpbusd_epi32(sums[byte][r], weights, _mm512_set1_epi32(terms));
                         }
                     }
                 }
-            }
-            for g in 0..G {
-                let scale = numbers(&w[g].scales[b]);
+                let scale = scale::<F>(&w, b, part);
                 for r in 0..R {
                     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x[r].scales[b]));
-                    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sums[0][r][g]), sums[1][r][g]);
-                    totals[r][g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[r][g]);
+                    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(sums[0][r]), sums[1][r]);
+                    totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, totals[r]);
                 }
-                if OFFSETS {
-                    let offset = numbers(&w[g].offsets[b]);
-                    for r in 0..R {
-                        let sum = _mm512_set1_ps(x[r].scales[b] * x[r].sums[b] as f32);
-                        totals[r][g] = _mm512_fmadd_ps(offset, sum, totals[r][g]);
-                    }
+            }
+            if F::OFFSETS {
+                let offset = offset::<F>(&w, b);
+                for r in 0..R {
+                    let sum = _mm512_set1_ps(x[r].scales[b] * x[r].sum::<Q8_0>(b, 0) as f32);
+                    totals[r] = _mm512_fmadd_ps(offset, sum, totals[r]);
                 }
             }
         }
         for r in 0..R {
-            for g in 0..G {
-                let mut sums = [0.0f32; LANES];
-                // SAFETY: 16 floats, no alignment needed.
-                unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), totals[r][g]) };
-                p.store(row + r, group + g, &sums);
-            }
+            let mut sums = [0.0f32; LANES];
+            // SAFETY: 16 floats, no alignment needed.
+            unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), totals[r]) };
+            p.store(row + r, group, &sums);
         }
     }
 }
@@ -376,17 +360,18 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     use std::arch::x86_64::{
-        __m256, _mm_and_si128, _mm_load_si128, _mm_set1_epi8, _mm_srli_epi16, _mm256_add_epi32, _mm256_cvtepi32_ps,
-        _mm256_cvtepu8_epi16, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_mul_ps,
+        __m128i, __m256, _mm_and_si128, _mm_load_si128, _mm_loadl_epi64, _mm_or_si128, _mm_set1_epi8, _mm_slli_epi16,
+        _mm_srli_epi16, _mm256_add_epi32, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi16,
+        _mm256_cvtepu8_epi32, _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_hadd_epi32, _mm256_madd_epi16, _mm256_mul_ps,
         _mm256_permute4x64_epi64, _mm256_set1_epi32, _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setzero_ps,
         _mm256_setzero_si256, _mm256_storeu_ps,
     };
 
-    use super::{BLOCK, DType, LANES, Piece, STEP};
+    use super::{BLOCK, Fine, Form, LANES, Line, Piece, Q8_0, STEP, by_form, number};
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn piece(p: &Piece<'_>) {
-        tiles!(p, tile, "avx2,fma,f16c", [1: 1 2 3]);
+        tiles!(p, tile, "avx2,fma,f16c", 1 2 3);
     }
 
     /// Eight outputs' float16 numbers.
@@ -396,36 +381,60 @@ mod avx2 {
         unsafe { _mm256_cvtph_ps(_mm_load_si128(n.as_ptr().add(8 * half).cast())) }
     }
 
+    /// Eight outputs' bytes from place `first` on, in float32.
+    #[target_feature(enable = "avx2")]
+    fn bytes(fine: &Fine, first: usize, are_signed: bool) -> __m256 {
+        // SAFETY: 8 bytes from at most 24 on of 32.
+        let bytes = unsafe { _mm_loadl_epi64(fine.0.as_ptr().add(first).cast()) };
+        _mm256_cvtepi32_ps(if are_signed { _mm256_cvtepi8_epi32(bytes) } else { _mm256_cvtepu8_epi32(bytes) })
+    }
+
+    /// Quants of four outputs of a step.
+    #[target_feature(enable = "avx2")]
+    #[inline]
+    fn quants<F: Form>(lines: &[Line], step: usize, quarter: usize) -> __m128i {
+        let line = |line: usize| -> __m128i {
+            // SAFETY: 16 bytes of 64 that are aligned by their type.
+            unsafe { _mm_load_si128(lines[line].0.as_ptr().add(16 * quarter).cast()) }
+        };
+        if F::BITS == 8 {
+            return line(step);
+        }
+        let both = line(step % 4);
+        let low = _mm_and_si128(if step < 4 { both } else { _mm_srli_epi16::<4>(both) }, _mm_set1_epi8(15));
+        if F::BITS == 4 {
+            return low;
+        }
+        let top = line(4 + step / 4);
+        let top = match step % 4 {
+            0 => _mm_slli_epi16::<4>(top),
+            1 => _mm_slli_epi16::<2>(top),
+            2 => top,
+            _ => _mm_srli_epi16::<2>(top),
+        };
+        _mm_or_si128(low, _mm_and_si128(top, _mm_set1_epi8(0x30)))
+    }
+
     #[target_feature(enable = "avx2,fma,f16c")]
     #[inline]
-    fn tile<const R: usize, const G: usize, const FOUR: bool, const OFFSETS: bool>(
-        p: &Piece<'_>,
-        row: usize,
-        group: usize,
-    ) {
+    fn tile<const R: usize, F: Form>(p: &Piece<'_>, row: usize, group: usize) {
         let mut x = [p.row(row); R];
         for r in 1..R {
             x[r] = p.row(row + r);
         }
-        let (lines, zero) = (if FOUR { BLOCK / STEP / 2 } else { BLOCK / STEP }, p.w.zero());
-        let low = _mm_set1_epi8(15);
-        for g in 0..G {
-            let w = p.group(group + g);
-            let mut totals = [[_mm256_setzero_ps(); 2]; R];
-            for b in 0..p.blocks() {
+        let w = p.group(group);
+        w.check::<F>(p.blocks());
+        let mut totals = [[_mm256_setzero_ps(); 2]; R];
+        for b in 0..p.blocks() {
+            for part in 0..F::PARTS {
                 // Of four outputs each, two sums of even and odd pairs of terms.
                 let mut sums = [[_mm256_setzero_si256(); 4]; R];
-                for step in 0..BLOCK / STEP {
-                    let line = &w.quants[b * lines + step % lines].0;
+                for i in 0..F::STEPS {
+                    let step = F::step(part, i);
                     let mut words = [_mm256_setzero_si256(); 4];
                     for quarter in 0..4 {
-                        // SAFETY: 16 bytes of 64 that are aligned by their type.
-                        let bytes = unsafe { _mm_load_si128(line.as_ptr().add(16 * quarter).cast()) };
-                        words[quarter] = _mm256_cvtepu8_epi16(match (FOUR, step < lines) {
-                            (false, _) => bytes,
-                            (true, true) => _mm_and_si128(bytes, low),
-                            (true, false) => _mm_and_si128(_mm_srli_epi16::<4>(bytes), low),
-                        });
+                        let quants = quants::<F>(&w.quants[b * F::BITS..(b + 1) * F::BITS], step, quarter);
+                        words[quarter] = _mm256_cvtepu8_epi16(quants);
                     }
                     for r in 0..R {
                         let terms = &x[r].words[b * BLOCK + step * STEP..b * BLOCK + (step + 1) * STEP];
@@ -438,29 +447,43 @@ mod avx2 {
                         }
                     }
                 }
-                for r in 0..R {
-                    for half in 0..2 {
+                for half in 0..2 {
+                    let mut scale = numbers(&w.scales[number::<F>(b)].0, half);
+                    if F::FINE {
+                        let fine = bytes(&w.fine[b], part * LANES + 8 * half, F::PARTS == 2);
+                        scale = _mm256_mul_ps(scale, fine);
+                    }
+                    for r in 0..R {
                         // Neighbours are added; then the outputs are 0 1 4 5 2 3 6 7.
                         let pairs = _mm256_hadd_epi32(sums[r][2 * half], sums[r][2 * half + 1]);
                         let sum = _mm256_permute4x64_epi64::<0b11_01_10_00>(pairs);
-                        let sum = _mm256_add_epi32(sum, _mm256_set1_epi32((-zero).wrapping_mul(x[r].sums[b])));
-                        let scale = _mm256_mul_ps(numbers(&w.scales[b].0, half), _mm256_set1_ps(x[r].scales[b]));
+                        let zeros = (-F::ZERO).wrapping_mul(x[r].sum::<F>(b, part));
+                        let sum = _mm256_add_epi32(sum, _mm256_set1_epi32(zeros));
+                        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(x[r].scales[b]));
                         totals[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, totals[r][half]);
-                        if OFFSETS {
-                            let sum = _mm256_set1_ps(x[r].scales[b] * x[r].sums[b] as f32);
-                            totals[r][half] = _mm256_fmadd_ps(numbers(&w.offsets[b].0, half), sum, totals[r][half]);
-                        }
                     }
                 }
             }
-            for r in 0..R {
-                let mut sums = [0.0f32; LANES];
+            if F::OFFSETS {
                 for half in 0..2 {
-                    // SAFETY: eight floats of 16, no alignment needed.
-                    unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), totals[r][half]) };
+                    let mut offset = numbers(&w.offsets[number::<F>(b)].0, half);
+                    if F::FINE {
+                        offset = _mm256_mul_ps(offset, bytes(&w.fine[b], LANES + 8 * half, false));
+                    }
+                    for r in 0..R {
+                        let sum = _mm256_set1_ps(x[r].scales[b] * x[r].sum::<Q8_0>(b, 0) as f32);
+                        totals[r][half] = _mm256_fmadd_ps(offset, sum, totals[r][half]);
+                    }
                 }
-                p.store(row + r, group + g, &sums);
             }
+        }
+        for r in 0..R {
+            let mut sums = [0.0f32; LANES];
+            for half in 0..2 {
+                // SAFETY: eight floats of 16, no alignment needed.
+                unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), totals[r][half]) };
+            }
+            p.store(row + r, group, &sums);
         }
     }
 }

@@ -5,22 +5,28 @@
 //! one vector of 64 bytes holds four terms for each of 16 outputs, as VNNI's dot products take them. Where the CPU multiplies
 //! bfloat16, products of many rows go that way instead, and weights are unpacked to it as they are needed.
 
+mod form;
 mod kernels;
+mod pack;
 mod rounded;
 #[cfg(target_arch = "x86_64")]
 mod unpack;
 
 use std::any::Any;
 use std::cell::Cell;
+use std::marker::PhantomData;
 
+use bytemuck::{Pod, Zeroable};
 use half::f16;
-use liger_tensor::quantize::BLOCK;
+use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
 use liger_tensor::{DType, DeviceMemory};
 
+use self::form::{Form, by_form};
 pub(crate) use self::kernels::Outputs;
 use self::rounded::Rounded;
 use crate::element::Element;
-use crate::parallel::{Disjoint, for_tasks, pieces};
+use crate::pages::Pages;
+use crate::parallel::{for_tasks, pieces};
 
 /// Outputs (rows of the matrix) that lie together.
 const LANES: usize = 16;
@@ -28,26 +34,34 @@ const LANES: usize = 16;
 const STEP: usize = 4;
 
 /// One vector of weights: `[16 outputs, 4 terms]`, of 4 bits two such vectors in one.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
 struct Line([u8; 64]);
 
-/// Float16 numbers of one block, of 16 outputs.
-#[derive(Clone, Copy)]
-#[repr(align(32))]
+/// Float16 numbers of 16 outputs.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(32))]
 struct Sixteen([u16; LANES]);
+
+/// Two bytes of one block, of 16 outputs each: scales and minima (`Q4_K`), or signed scales of the first and the last 16 terms (`Q6_K`).
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(32))]
+struct Fine([u8; 2 * LANES]);
 
 /// A matrix `[rows, columns]`: `weight = scale (quant - zero) + offset`, where there are offsets.
 pub(crate) struct Quantized {
     rows: usize,
     columns: usize,
     dtype: DType,
-    /// `[rows / 16, columns / 32, 8 steps (4 of 4 bits)]`; rows are filled up with zeros.
-    quants: Vec<Line>,
-    /// `[rows / 16, columns / 32]`.
-    scales: Vec<Sixteen>,
+    /// `[rows / 16, columns / 32, lines]`, see [`Form`]; rows are filled up with zeros. Of 4 bits the first 16 terms of a block are the
+    /// low halves of its lines, the last 16 the high ones; of 6 so are their lowest four bits, and the other two lie in two more lines.
+    quants: Pages<Line>,
+    /// `[rows / 16, columns / 32]`, where scales are fine `[rows / 16, columns / 256]`.
+    scales: Pages<Sixteen>,
     /// As scales. Weights of 4 bits whose minimum is always -8 scales (ggml's `Q4_0`) have none.
-    offsets: Vec<Sixteen>,
+    offsets: Pages<Sixteen>,
+    /// `[rows / 16, columns / 32]`: what scales and offsets are multiplied with, where they are fine.
+    fine: Pages<Fine>,
 }
 
 impl DeviceMemory for Quantized {
@@ -60,97 +74,79 @@ impl DeviceMemory for Quantized {
     }
 
     fn bytes(&self) -> usize {
-        size_of_val(&*self.quants) + size_of_val(&*self.scales) + size_of_val(&*self.offsets)
+        size_of_val(&*self.quants) + size_of_val(&*self.scales) + size_of_val(&*self.offsets) + size_of_val(&*self.fine)
     }
 }
 
 impl Quantized {
-    /// Out of ggml's blocks, row by row; `columns` is a multiple of 32.
-    pub(crate) fn pack(blocks: &[u8], (rows, columns): (usize, usize), dtype: DType) -> Self {
-        let (of_row, size) = (columns / BLOCK, dtype.bytes(BLOCK));
-        assert_eq!(blocks.len(), rows * of_row * size, "blocks of {rows} x {columns}");
-        let lines = if dtype == DType::Q8_0 { BLOCK / STEP } else { BLOCK / STEP / 2 };
-        let groups = rows.div_ceil(LANES);
-        let mut quants = vec![Line([0; 64]); groups * of_row * lines];
-        let mut scales = vec![Sixteen([0; LANES]); groups * of_row];
-        let mut offsets = vec![Sixteen([0; LANES]); if dtype == DType::Q8_0 { 0 } else { groups * of_row }];
-        let half_at = |block: &[u8], at: usize| u16::from_le_bytes([block[at], block[at + 1]]);
-        let fill = |group: usize, quants: &mut [Line], scales: &mut [Sixteen], offsets: &mut [Sixteen]| {
-            for lane in 0..LANES.min(rows - group * LANES) {
-                let row = &blocks[(group * LANES + lane) * of_row * size..][..of_row * size];
-                for (b, block) in row.chunks_exact(size).enumerate() {
-                    scales[b].0[lane] = half_at(block, 0);
-                    let packed = if dtype == DType::Q8_0 { &block[2..] } else { &block[4..] };
-                    if let Some(offset) = offsets.get_mut(b) {
-                        offset.0[lane] = half_at(block, 2);
-                    }
-                    for (line, terms) in quants[b * lines..(b + 1) * lines].iter_mut().zip(packed.chunks_exact(STEP)) {
-                        for (to, from) in line.0[lane * STEP..(lane + 1) * STEP].iter_mut().zip(terms) {
-                            // Signed bytes become unsigned ones with their zero at 128.
-                            *to = if dtype == DType::Q8_0 { from ^ 0x80 } else { *from };
-                        }
-                    }
-                }
-            }
-        };
-        let all = (Disjoint::new(&mut quants), Disjoint::new(&mut scales), Disjoint::new(&mut offsets));
-        for_tasks(groups, |group| {
-            let of_offsets = if dtype == DType::Q8_0 { (0, 0) } else { (group * of_row, of_row) };
-            // SAFETY: groups have distinct lines and numbers.
-            let (quants, scales, offsets) = unsafe {
-                (
-                    all.0.slice(group * of_row * lines, of_row * lines),
-                    all.1.slice(group * of_row, of_row),
-                    all.2.slice(of_offsets.0, of_offsets.1),
-                )
-            };
-            fill(group, quants, scales, offsets);
-        });
-        let minimum = |scale: u16| f16::from_f32(-8.0 * f16::from_bits(scale).to_f32()).to_bits() & 0x7fff;
-        let symmetric = |(scale, offset): (&Sixteen, &Sixteen)| {
-            scale.0.iter().zip(offset.0).all(|(s, o)| minimum(*s) == o & 0x7fff && (o == 0 || (s ^ o) >> 15 == 1))
-        };
-        if scales.iter().zip(&offsets).all(symmetric) {
-            offsets = Vec::new();
-        }
-        Self { rows, columns, dtype, quants, scales, offsets }
-    }
-
     /// Number of rows and columns.
     pub(crate) fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
-    fn lines(&self) -> usize {
-        if self.dtype == DType::Q8_0 { BLOCK / STEP } else { BLOCK / STEP / 2 }
-    }
-
-    /// What an unsigned quant of 0 stands for, in scales.
-    fn zero(&self) -> i32 {
-        match (self.dtype, self.offsets.is_empty()) {
-            (DType::Q8_0, _) => 128,
-            (_, true) => 8,
-            (_, false) => 0,
-        }
-    }
-
     /// Row `row` as float32.
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
-        let (group, lane, of_row, lines) = (row / LANES, row % LANES, self.columns / BLOCK, self.lines());
+        by_form!(self, F => self.row_of::<F>(row, out));
+    }
+
+    fn row_of<F: Form>(&self, row: usize, out: &mut [f32]) {
+        let (group, lane, of_row) = (row / LANES, row % LANES, self.columns / BLOCK);
         for (b, out) in out.chunks_exact_mut(BLOCK).enumerate() {
-            let at = group * of_row + b;
-            let number = |all: &[Sixteen]| all.get(at).map_or(0.0, |n| f16::from_bits(n.0[lane]).to_f32());
-            let (scale, offset) = (number(&self.scales), number(&self.offsets));
-            for (i, out) in out.iter_mut().enumerate() {
-                let byte = self.quants[at * lines + i / STEP % lines].0[lane * STEP + i % STEP];
-                let quant = match (self.dtype, i < BLOCK / 2) {
-                    (DType::Q8_0, _) => byte,
-                    (_, true) => byte & 15,
-                    (_, false) => byte >> 4,
-                };
-                *out = scale * (i32::from(quant) - self.zero()) as f32 + offset;
+            let block = Block::<F>::at(self, group * of_row + b);
+            for part in 0..F::PARTS {
+                let (scale, offset) = (block.scale(part, lane), block.offset(lane));
+                let terms = F::STEPS * STEP;
+                for (i, out) in out[part * terms..(part + 1) * terms].iter_mut().enumerate() {
+                    let quant = block.quant(part * F::STEPS + i / STEP, lane * STEP + i % STEP);
+                    *out = scale * (quant - F::ZERO) as f32 + offset;
+                }
             }
         }
+    }
+}
+
+/// A block of 32 terms of 16 outputs, number by number.
+struct Block<'a, F> {
+    lines: &'a [Line],
+    scales: &'a Sixteen,
+    offsets: Option<&'a Sixteen>,
+    fine: Option<&'a Fine>,
+    form: PhantomData<F>,
+}
+
+impl<'a, F: Form> Block<'a, F> {
+    fn at(w: &'a Quantized, at: usize) -> Self {
+        let numbers = if F::FINE { at / (SUPER_BLOCK / BLOCK) } else { at };
+        Self {
+            lines: &w.quants[at * F::BITS..(at + 1) * F::BITS],
+            scales: &w.scales[numbers],
+            offsets: w.offsets.get(numbers),
+            fine: w.fine.get(at),
+            form: PhantomData,
+        }
+    }
+
+    /// Byte `at` of the vector of a step.
+    fn quant(&self, step: usize, at: usize) -> i32 {
+        let byte = |line: usize| i32::from(self.lines[line].0[at]);
+        match F::BITS {
+            8 => byte(step),
+            4 => byte(step % 4) >> (step / 4 * 4) & 15,
+            _ => byte(step % 4) >> (step / 4 * 4) & 15 | (byte(4 + step / 4) >> (step % 4 * 2) & 3) << 4,
+        }
+    }
+
+    fn scale(&self, part: usize, lane: usize) -> f32 {
+        let fine = |fine: &Fine| match F::PARTS {
+            1 => f32::from(fine.0[lane]),
+            _ => f32::from(fine.0[part * LANES + lane] as i8),
+        };
+        f16::from_bits(self.scales.0[lane]).to_f32() * self.fine.map_or(1.0, fine)
+    }
+
+    fn offset(&self, lane: usize) -> f32 {
+        let fine = self.fine.map_or(1.0, |fine| f32::from(fine.0[LANES + lane]));
+        self.offsets.map_or(0.0, |offsets| f16::from_bits(offsets.0[lane]).to_f32() * fine)
     }
 }
 
@@ -198,6 +194,8 @@ thread_local! {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use half::bf16;
     use liger_tensor::quantize::quantize;
     use liger_tensor::{Buffer, Gemm, Ops, Storage, Tensor};
@@ -205,6 +203,7 @@ mod tests {
     use super::*;
     use crate::Cpu;
     use crate::gemm::gemm;
+    use crate::parallel::Disjoint;
 
     pub(super) fn numbers(count: usize, seed: u64) -> Vec<f32> {
         let next = |state: &mut u64| {
@@ -215,12 +214,32 @@ mod tests {
         (0..count).map(|_| next(&mut state) + 0.5 * next(&mut state)).collect()
     }
 
-    /// ggml's Q4_0 in the form of Q4_1: the minimum is -8 scales.
-    pub(super) fn symmetric(blocks: &mut [u8]) {
-        for block in blocks.chunks_exact_mut(DType::Q4_1.bytes(BLOCK)) {
-            let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
-            block[2..4].copy_from_slice(&f16::from_f32(-8.0 * scale).to_le_bytes());
+    /// Blocks of `count` elements of a form: Q8_0, Q4_1, Q4_0 as Q4_1, Q4_K and Q6_K.
+    pub(super) fn blocks(form: usize, count: usize, seed: u64) -> (DType, Vec<u8>) {
+        let mut values = numbers(count, seed);
+        let dtype = [DType::Q8_0, DType::Q4_1, DType::Q4_1, DType::Q4K, DType::Q6K][form];
+        if form < 3 {
+            let mut blocks = quantize(&values, dtype);
+            for block in blocks.chunks_exact_mut(DType::Q4_1.bytes(BLOCK)).filter(|_| form == 2) {
+                let scale = f16::from_le_bytes([block[0], block[1]]).to_f32();
+                block[2..4].copy_from_slice(&f16::from_f32(-8.0 * scale).to_le_bytes());
+            }
+            return (dtype, blocks);
         }
+        // Any bytes are blocks, if their float16 numbers are of a size like the others'.
+        values.resize(dtype.bytes(count), 0.3);
+        let mut blocks: Vec<u8> = values.iter().map(|x| (x * 5000.0) as i32 as u8).collect();
+        for block in blocks.chunks_exact_mut(dtype.bytes(dtype.block())) {
+            let (places, size): (&[usize], f32) = if dtype == DType::Q4K { (&[0, 2], 1e-3) } else { (&[208], 2e-4) };
+            let scale = f16::from_f32(size * (1.0 + f32::from(block[5]) / 256.0)).to_le_bytes();
+            places.iter().for_each(|&at| block[at..at + 2].copy_from_slice(&scale));
+        }
+        (dtype, blocks)
+    }
+
+    pub(super) fn packed(blocks: &[u8], (n, k): (usize, usize), dtype: DType) -> Quantized {
+        let row = dtype.bytes(k);
+        Quantized::pack(&|rows| Ok(blocks[rows.start * row..rows.end * row].to_vec()), (n, k), dtype).unwrap()
     }
 
     #[test]
@@ -228,17 +247,15 @@ mod tests {
         let found = kernels::available();
         crate::tell_untested(kernels::ALL, &found);
         for (m, n, k) in
-            [(1, 1, 32), (1, 100, 64), (2, 64, 576), (5, 33, 96), (13, 16, 32), (30, 70, 160), (200, 40, 64)]
+            [(1, 1, 32usize), (1, 100, 64), (2, 64, 576), (5, 33, 96), (13, 16, 32), (30, 70, 160), (200, 40, 64)]
         {
-            for form in 0..3 {
-                let dtype = if form == 0 { DType::Q8_0 } else { DType::Q4_1 };
+            for form in 0..5 {
+                // Whole blocks of 256.
+                let k = if form < 3 { k } else { k.next_multiple_of(SUPER_BLOCK) };
                 let (x, w, old) = (numbers(m * k, 1), numbers(n * k, 2), numbers(m * n, 3));
-                let mut blocks = quantize(&w, dtype);
-                if form == 2 {
-                    symmetric(&mut blocks);
-                }
-                let packed = Quantized::pack(&blocks, (n, k), dtype);
-                assert_eq!(packed.offsets.is_empty(), form != 1);
+                let (dtype, blocks) = blocks(form, n * k, 2);
+                let packed = packed(&blocks, (n, k), dtype);
+                assert_eq!(packed.offsets.is_empty(), ![1, 3].contains(&form));
                 let mut rows = vec![0.0f32; n * k];
                 rows.chunks_exact_mut(k).enumerate().for_each(|(i, row)| packed.row(i, row));
                 if form < 2 {
@@ -276,7 +293,9 @@ mod tests {
                         of_bytes = Some(bits);
                     }
                 }
-                let weights = Cpu::new().upload_blocks(&blocks, &[n, k], dtype).unwrap();
+                let row = dtype.bytes(k);
+                let read = |rows: Range<usize>| Ok(blocks[rows.start * row..rows.end * row].to_vec());
+                let weights = Cpu::new().upload_blocks(&read, &[n, k], dtype).unwrap();
                 let mut c = Tensor::host(&[m, n], Storage::F32(Buffer::Owned(old.clone())));
                 let given = Tensor::host(&[m, k], Storage::F32(Buffer::Owned(x.clone())));
                 gemm(&mut c, &given, &weights, Gemm::LINEAR).unwrap();

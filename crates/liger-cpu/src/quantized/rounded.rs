@@ -6,6 +6,7 @@ use liger_tensor::Lines;
 use liger_tensor::quantize::BLOCK;
 
 use super::LANES;
+use super::form::Form;
 use crate::element::Element;
 use crate::parallel::{Disjoint, for_tasks, vectorized};
 
@@ -20,7 +21,7 @@ pub(super) struct Rounded {
     quants: Lines,
     /// float32, `[m, k / 32]`.
     scales: Lines,
-    /// Of the quants: 32-bit integers, `[m, k / 32]`.
+    /// Of the quants: 32-bit integers, `[m, k / 16]`.
     sums: Lines,
 }
 
@@ -34,11 +35,22 @@ pub(super) struct Rows<'a> {
     pub(super) bytes: &'a [i8],
     /// By block.
     pub(super) scales: &'a [f32],
-    /// By block, those of its quants.
-    pub(super) sums: &'a [i32],
+    /// By half a block, those of its quants.
+    pub(super) sums: &'a [[i32; 2]],
 }
 
 impl Rows<'_> {
+    /// Sum of the quants of a part of a block.
+    #[inline(always)]
+    pub(super) fn sum<F: Form>(&self, block: usize, part: usize) -> i32 {
+        let [first, last] = self.sums[block];
+        match F::PARTS {
+            1 => first.wrapping_add(last),
+            _ if part == 0 => first,
+            _ => last,
+        }
+    }
+
     #[inline]
     pub(super) fn blocks(&self, blocks: Range<usize>) -> Self {
         let of = |size: usize, len: usize| if len == 0 { 0..0 } else { blocks.start * size..blocks.end * size };
@@ -57,9 +69,12 @@ impl Rounded {
         let blocks = x.len() / BLOCK;
         self.quants.reserve::<i16>(x.len());
         self.scales.reserve::<f32>(blocks);
-        self.sums.reserve::<i32>(blocks);
-        let (quants, scales, sums) =
-            (self.quants.as_mut_slice::<i16>(), self.scales.as_mut_slice::<f32>(), self.sums.as_mut_slice::<i32>());
+        self.sums.reserve::<[i32; 2]>(blocks);
+        let (quants, scales, sums) = (
+            self.quants.as_mut_slice::<i16>(),
+            self.scales.as_mut_slice::<f32>(),
+            self.sums.as_mut_slice::<[i32; 2]>(),
+        );
         let all = (Disjoint::new(quants), Disjoint::new(scales), Disjoint::new(sums));
         const TOGETHER: usize = 64;
         for_tasks(blocks.div_ceil(TOGETHER), |i| {
@@ -99,7 +114,7 @@ impl Rounded {
 fn round<const N: usize, T>(
     x: &[f32],
     scales: &mut [f32],
-    sums: &mut [i32],
+    sums: &mut [[i32; 2]],
     out: &mut [[T; N]],
     put: impl Fn(&mut [T; N], &[i32; BLOCK]),
 ) {
@@ -119,13 +134,13 @@ fn round<const N: usize, T>(
             // Adding it leaves the nearest integer in the low bits.
             const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
             let mut quants = [0; BLOCK];
-            let mut total = 0;
             for (quant, x) in quants.iter_mut().zip(x) {
                 *quant = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-                // Of what is no number there is no sum; it must not stop the program either.
-                total = i32::wrapping_add(total, *quant);
             }
-            *sum = total;
+            // Of what is no number there is no sum; it must not stop the program either.
+            *sum = quants.as_chunks::<{ BLOCK / 2 }>().0.first_chunk().map_or([0; 2], |halves: &[_; 2]| {
+                halves.map(|half| half.iter().fold(0, |sum: i32, quant| sum.wrapping_add(*quant)))
+            });
             put(out, &quants);
         }
     },);

@@ -1,16 +1,18 @@
 //! Blocks of quantised weights in bfloat16, for products of many rows: unpacked a few panels at a time into a core's cache.
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _mm256_load_si256, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_cvtne2ps_pbh,
-    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_srli_epi32,
+    __m512, __m512bh, __m512i, _mm_load_si128, _mm256_load_si256, _mm512_and_si512, _mm512_cvtepi8_epi32,
+    _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_si512,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_set1_epi8, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_si512, _mm512_slli_epi16, _mm512_srli_epi16, _mm512_srli_epi32,
 };
 use std::ops::Range;
 
-use liger_tensor::DType;
-use liger_tensor::quantize::BLOCK;
+use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
 
-use super::{LANES, Quantized, Sixteen};
+use super::form::by_form;
+use super::kernels::{Group, number};
+use super::{Fine, LANES, Line, Quantized, Sixteen};
 use crate::bfloat::pack::{Blocks, Form, ROWS};
 
 impl Blocks for &Quantized {
@@ -22,38 +24,88 @@ impl Blocks for &Quantized {
         true
     }
 
-    /// `scale (quant - zero) + offset`, rounded once; rows that fill the last group up are zeros and stay so.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
     #[inline]
     unsafe fn block(self, rows: Range<usize>, terms: Range<usize>) -> ([__m512i; ROWS], Form) {
-        let at = rows.start / LANES * (self.columns / BLOCK) + terms.start / BLOCK;
-        let lines = &self.quants[at * self.lines()..][..self.lines()];
-        let scale = numbers(&self.scales[at]);
-        let offset = match self.offsets.get(at) {
-            Some(offset) => numbers(offset),
-            None => _mm512_mul_ps(scale, _mm512_set1_ps(-(self.zero() as f32))),
-        };
-        let mut x = [_mm512_setzero_si512(); ROWS];
-        for (i, x) in x.as_chunks_mut().0.iter_mut().enumerate() {
-            // SAFETY: 64 bytes that are aligned by their type.
-            let line = unsafe { _mm512_load_si512(lines[i % lines.len()].0.as_ptr().cast()) };
-            let low = _mm512_set1_epi8(15);
-            let quants = match (self.dtype, i < lines.len()) {
-                (DType::Q8_0, _) => line,
-                (_, true) => _mm512_and_si512(line, low),
-                (_, false) => _mm512_and_si512(_mm512_srli_epi16::<4>(line), low),
-            };
-            *x = pairs(quants, scale, offset);
-        }
-        (x, Form::Pairs)
+        by_form!(self, F => (weights::<F>(self, rows.start / LANES, terms.start / BLOCK), Form::Pairs))
     }
 }
 
-#[target_feature(enable = "avx512f")]
+/// A block of a group of outputs: `scale (quant - zero) + offset`, rounded once; rows that fill the last group up are zeros and stay so.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-pub(super) fn numbers(n: &Sixteen) -> __m512 {
+fn weights<F: super::Form>(w: &Quantized, group: usize, block: usize) -> [__m512i; ROWS] {
+    let of_row = w.columns / BLOCK;
+    let at = group * of_row + block;
+    let numbers_at = if F::FINE { at / (SUPER_BLOCK / BLOCK) } else { at };
+    let fine = w.fine.get(at);
+    let lines = &w.quants[at * F::BITS..(at + 1) * F::BITS];
+    let mut out = [_mm512_setzero_si512(); ROWS];
+    for part in 0..F::PARTS {
+        let scale = with_fine::<F>(&w.scales[numbers_at], fine, part);
+        let offset = match F::OFFSETS {
+            true => with_fine::<F>(&w.offsets[numbers_at], fine, 1),
+            false => _mm512_mul_ps(scale, _mm512_set1_ps(-(F::ZERO as f32))),
+        };
+        for i in 0..F::STEPS {
+            let step = F::step(part, i);
+            [out[2 * step], out[2 * step + 1]] = pairs(quants::<F>(lines, step), scale, offset);
+        }
+    }
+    out
+}
+
+/// Quants of a step, `[16 outputs, 4 terms]`.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+pub(super) fn quants<F: super::Form>(lines: &[Line], step: usize) -> __m512i {
+    let load = |line: usize| -> __m512i {
+        // SAFETY: 64 bytes that are aligned by their type.
+        unsafe { _mm512_load_si512(lines[line].0.as_ptr().cast()) }
+    };
+    if F::BITS == 8 {
+        return load(step);
+    }
+    let both = load(step % 4);
+    let low = _mm512_and_si512(if step < 4 { both } else { _mm512_srli_epi16::<4>(both) }, _mm512_set1_epi8(15));
+    if F::BITS == 4 {
+        return low;
+    }
+    let top = load(4 + step / 4);
+    let top = match step % 4 {
+        0 => _mm512_slli_epi16::<4>(top),
+        1 => _mm512_slli_epi16::<2>(top),
+        2 => top,
+        _ => _mm512_srli_epi16::<2>(top),
+    };
+    _mm512_or_si512(low, _mm512_and_si512(top, _mm512_set1_epi8(0x30)))
+}
+
+/// Scales of a part of block `b`.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+pub(super) fn scale<F: super::Form>(w: &Group<'_>, b: usize, part: usize) -> __m512 {
+    with_fine::<F>(&w.scales[number::<F>(b)], w.fine.get(b), part)
+}
+
+/// Offsets of block `b`, where there are such.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+pub(super) fn offset<F: super::Form>(w: &Group<'_>, b: usize) -> __m512 {
+    with_fine::<F>(&w.offsets[number::<F>(b)], w.fine.get(b), 1)
+}
+
+/// Float16 numbers, where scales are fine times the first or the last bytes of a block. Where a block has two scales these are signed.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn with_fine<F: super::Form>(numbers: &Sixteen, fine: Option<&Fine>, part: usize) -> __m512 {
     // SAFETY: 32 bytes that are aligned by their type.
-    unsafe { _mm512_cvtph_ps(_mm256_load_si256(n.0.as_ptr().cast())) }
+    let numbers = unsafe { _mm512_cvtph_ps(_mm256_load_si256(numbers.0.as_ptr().cast())) };
+    let (true, Some(fine)) = (F::FINE, fine) else { return numbers };
+    // SAFETY: 16 bytes from 0 or 16 on of 32 that are aligned by their type.
+    let bytes = unsafe { _mm_load_si128(fine.0.as_ptr().add(part * LANES).cast()) };
+    let bytes = if F::PARTS == 2 { _mm512_cvtepi8_epi32(bytes) } else { _mm512_cvtepu8_epi32(bytes) };
+    _mm512_mul_ps(numbers, _mm512_cvtepi32_ps(bytes))
 }
 
 /// Of `[16 outputs, 4 terms]` the first two terms of every output, and the last two.
@@ -97,22 +149,18 @@ fn order() -> __m512i {
 #[cfg(test)]
 mod tests {
     use half::bf16;
-    use liger_tensor::quantize::quantize;
 
-    use super::super::tests::{numbers, symmetric};
+    use super::super::tests::{blocks, numbers, packed};
     use super::*;
     use crate::bfloat;
 
     #[test]
     fn products_are_those_of_the_rounded_weights() {
-        for (m, n, k) in [(1, 1, 32), (5, 33, 96), (33, 70, 160), (40, 100, 2080)] {
-            for form in 0..3 {
-                let dtype = if form == 0 { DType::Q8_0 } else { DType::Q4_1 };
-                let (x, mut blocks) = (numbers(m * k, 1), quantize(&numbers(n * k, 2), dtype));
-                if form == 2 {
-                    symmetric(&mut blocks);
-                }
-                let weights = Quantized::pack(&blocks, (n, k), dtype);
+        for (m, n, k) in [(1, 1, 32usize), (5, 33, 96), (33, 70, 160), (40, 100, 2080)] {
+            for form in 0..5 {
+                let k = if form < 3 { k } else { k.next_multiple_of(SUPER_BLOCK) };
+                let (dtype, blocks) = blocks(form, n * k, 2);
+                let (x, weights) = (numbers(m * k, 1), packed(&blocks, (n, k), dtype));
                 let mut rows = vec![0.0f32; n * k];
                 rows.chunks_exact_mut(k).enumerate().for_each(|(i, row)| weights.row(i, row));
                 let round = |x: f32| f64::from(bf16::from_f32(x).to_f32());

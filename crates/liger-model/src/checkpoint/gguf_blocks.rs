@@ -69,30 +69,42 @@ impl BlockType {
         (count / elements as u64).checked_mul(bytes as u64)
     }
 
-    /// The element type in which weights of this type are kept without unpacking them: exactly (of Q4_K, scales and minima in
-    /// float16), or for Q5_1, Q5_K and Q6_K
-    /// rounded to eight bits. `None` for float16, which has no such type.
+    /// The element type in which weights of this type are kept without unpacking them: exactly, or for Q5_1 and Q5_K rounded to eight
+    /// bits. `None` for float16, which has no such type.
     pub(crate) fn stored(self) -> Option<DType> {
         match self {
             Self::F32 => Some(DType::F32),
             Self::F16 => None,
             Self::Bf16 => Some(DType::Bf16),
-            Self::Q4_0 | Self::Q4_1 | Self::Q4K => Some(DType::Q4_1),
-            Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Q5K | Self::Q6K => Some(DType::Q8_0),
+            Self::Q4_0 | Self::Q4_1 => Some(DType::Q4_1),
+            Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Q5K => Some(DType::Q8_0),
+            Self::Q4K => Some(DType::Q4K),
+            Self::Q6K => Some(DType::Q6K),
         }
     }
 
     /// Whole blocks as those of [`BlockType::stored`], where that has blocks.
     pub(crate) fn repacked(self, bytes: Vec<u8>) -> Vec<u8> {
         match self {
-            Self::Q8_0 | Self::Q4_1 | Self::F32 | Self::F16 | Self::Bf16 => bytes,
+            Self::Q8_0 | Self::Q4_1 | Self::Q4K | Self::Q6K | Self::F32 | Self::F16 | Self::Bf16 => bytes,
             Self::Q4_0 => {
-                let blocks = bytes.chunks_exact(self.size().1);
-                blocks.flat_map(|block| four_bits(half_at(block, 0), -8.0 * half_at(block, 0), &block[2..])).collect()
+                let mut out = Vec::with_capacity(bytes.len() / 18 * 20);
+                for block in bytes.as_chunks::<18>().0 {
+                    out.extend_from_slice(&block[..2]);
+                    out.extend_from_slice(&f16::from_f32(-8.0 * half_at(block, 0)).to_le_bytes());
+                    out.extend_from_slice(&block[2..]);
+                }
+                out
             }
-            Self::Q4K => bytes.chunks_exact(self.size().1).flat_map(k_blocks).collect(),
-            Self::Q5_0 => bytes.chunks_exact(self.size().1).flat_map(widened_five_bits).collect(),
-            Self::Q5_1 | Self::Q5K | Self::Q6K => quantize(&self.unpack(&bytes), DType::Q8_0),
+            Self::Q5_0 => {
+                let mut out = Vec::with_capacity(bytes.len() / 22 * 34);
+                for block in bytes.as_chunks::<22>().0 {
+                    out.extend_from_slice(&block[..2]);
+                    out.extend_from_slice(&widened_five_bits(block));
+                }
+                out
+            }
+            Self::Q5_1 | Self::Q5K => quantize(&self.unpack(&bytes), DType::Q8_0),
         }
     }
 
@@ -166,29 +178,13 @@ fn k_nibbles(out: &mut Vec<f32>, block: &[u8], high: Option<&[u8]>, packed: &[u8
     }
 }
 
-/// A block of Q4_1.
-fn four_bits(scale: f32, minimum: f32, nibbles: &[u8]) -> Vec<u8> {
-    let numbers = [f16::from_f32(scale).to_le_bytes(), f16::from_f32(minimum).to_le_bytes()];
-    numbers.as_flattened().iter().chain(nibbles).copied().collect()
-}
-
-/// A block of Q8_0 out of one of Q5_0, for the same numbers: `scale (q - 16)`.
-fn widened_five_bits(block: &[u8]) -> Vec<u8> {
-    let mut values = Vec::with_capacity(BLOCK);
-    nibbles(&mut values, &block[6..], Some(word_at(block, 2)), -16.0, 1.0);
-    block[..2].iter().copied().chain(values.into_iter().map(|q| (q as i8).to_le_bytes()[0])).collect()
-}
-
-/// Eight blocks of Q4_1 out of one of Q4_K; scales and minima are rounded to float16.
-fn k_blocks(block: &[u8]) -> Vec<u8> {
-    let (d, dmin) = (half_at(block, 0), half_at(block, 2));
-    let sub_block = |sub: usize| {
-        let (scale, min) = scale_min(&block[4..16], sub);
-        let nibble = |i: usize| block[16 + sub / 2 * BLOCK + i] >> (sub % 2 * 4) & 15;
-        let nibbles: Vec<u8> = (0..BLOCK / 2).map(|i| nibble(i) | nibble(i + BLOCK / 2) << 4).collect();
-        four_bits(d * scale, -dmin * min, &nibbles)
-    };
-    (0..8).flat_map(sub_block).collect()
+/// The signed quants `q - 16` of a block of Q5_0, as Q8_0 has them with the same scale.
+fn widened_five_bits(block: &[u8; 22]) -> [u8; BLOCK] {
+    let high = word_at(block, 2);
+    std::array::from_fn(|i| {
+        let nibble = block[6 + i % 16] >> (i / 16 * 4) & 15;
+        (nibble | ((high >> i & 1) << 4) as u8).wrapping_sub(16)
+    })
 }
 
 /// 256 values of six bits: two halves of 128, four runs of 32 in each.
@@ -209,6 +205,8 @@ fn six_bits(out: &mut Vec<f32>, block: &[u8]) {
 
 #[cfg(test)]
 mod tests {
+    use liger_tensor::Ops;
+
     use super::*;
 
     /// Packed bytes and what the `gguf` Python package unpacks them to, by type:
@@ -226,18 +224,14 @@ mod tests {
             for (x, y) in found.iter().zip(&expected) {
                 assert!((x - y).abs() <= 1e-6 * y.abs().max(1e-3), "type {id}: {x}, expected {y}");
             }
-            // What is kept packed stands for the same numbers, to the precision of the type that it is kept in.
-            let kept = match block.stored() {
-                Some(DType::Q8_0) => BlockType::Q8_0.unpack(&block.repacked(bytes)),
-                Some(DType::Q4_1) => BlockType::Q4_1.unpack(&block.repacked(bytes)),
-                _ => continue,
-            };
+            // What is kept packed stands for the same numbers.
+            let Some(dtype) = block.stored().filter(|dtype| dtype.is_quantized()) else { continue };
+            let (kept, ops) = (block.repacked(bytes), liger_cpu::Cpu::new());
+            let shape = [1, expected.len()];
+            let kept = ops.upload_blocks(&|_| Ok(kept.clone()), &shape, dtype).unwrap();
             let largest = expected.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-            let bound = match block {
-                BlockType::Q8_0 | BlockType::Q4_0 | BlockType::Q4_1 | BlockType::Q5_0 => 1e-6,
-                _ => 5e-3,
-            };
-            for (x, y) in kept.iter().zip(&expected) {
+            let bound = if matches!(block, BlockType::Q5_1 | BlockType::Q5K) { 5e-3 } else { 1e-6 };
+            for (x, y) in ops.download(&kept).unwrap().iter().zip(&expected) {
                 assert!(
                     (x - y).abs() <= bound * largest,
                     "type {id} kept packed: {x}, expected {y} of up to {largest}"

@@ -1,14 +1,15 @@
 //! A GGUF file as a model: its metadata as a configuration, its tensors under Hugging Face's names.
 
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, ErrorKind, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use liger_tensor::{DType, Ops, Tensor};
+use rayon::prelude::*;
 use serde_json::{Map, Value};
 
-use super::gguf::{Directory, MetadataValue};
-use super::gguf_blocks::BlockType;
+use super::gguf::{Directory, MetadataValue, TensorEntry};
 use crate::config::{Family, GEMMA_PATTERN, LOCAL_THETA, ModelConfig, RopeConfig, RopeScaling};
 use crate::error::{Error, Result, io};
 use crate::tokenizer::Tokenizer;
@@ -213,32 +214,65 @@ impl GgufSource {
         self.directory.tensors.values().any(|entry| entry.block.stored().is_some_and(DType::is_quantized))
     }
 
-    fn unpack(&self, name: &str) -> Result<Vec<f32>> {
-        let (block, bytes) = self.packed(name)?;
-        Ok(block.unpack(&bytes))
+    fn entry(&self, name: &str) -> Result<&TensorEntry> {
+        self.directory.tensors.get(name).ok_or_else(|| self.error(format!("tensor `{name}` is missing")))
     }
 
-    /// A tensor as it is in the file.
-    fn packed(&self, name: &str) -> Result<(BlockType, Vec<u8>)> {
-        let missing = || self.error(format!("tensor `{name}` is missing"));
-        let entry = self.directory.tensors.get(name).ok_or_else(missing)?;
-        let mut bytes = vec![0; entry.bytes as usize];
-        let mut file = File::open(&self.path).map_err(io(&self.path, "read"))?;
-        file.seek(SeekFrom::Start(entry.start)).map_err(io(&self.path, "read"))?;
-        file.read_exact(&mut bytes).map_err(io(&self.path, "read"))?;
-        Ok((entry.block, bytes))
+    /// A tensor's elements as they are in the file, some whole blocks at a time on every thread.
+    fn unpack(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.entry(name)?;
+        let count: usize = entry.shape.iter().product();
+        let mut values = vec![0.0; count];
+        const TOGETHER: usize = 1 << 18;
+        let pieces = values.par_chunks_mut(TOGETHER).enumerate();
+        let read = pieces.try_for_each(|(i, values)| {
+            let bytes = |elements: usize| entry.block.bytes(elements as u64).unwrap_or(0);
+            let packed = self.bytes(entry.start + bytes(i * TOGETHER), bytes(values.len()))?;
+            values.copy_from_slice(&entry.block.unpack(&packed));
+            Ok(())
+        });
+        read.map_err(io(&self.path, "read"))?;
+        Ok(values)
+    }
+
+    fn bytes(&self, start: u64, count: u64) -> std::io::Result<Vec<u8>> {
+        let mut file = File::open(&self.path)?;
+        file.seek(SeekFrom::Start(start))?;
+        let mut bytes = Vec::with_capacity(count as usize);
+        file.take(count).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 == count { Ok(bytes) } else { Err(ErrorKind::UnexpectedEof.into()) }
+    }
+
+    /// The blocks of some rows of a matrix, as [`BlockType::stored`] has them. `order` says which row of the file each of them is.
+    fn rows(&self, entry: &TensorEntry, rows: Range<usize>, order: Option<RowOrder>) -> std::io::Result<Vec<u8>> {
+        let width = entry.bytes as usize / entry.shape[0].max(1);
+        let read =
+            |rows: &Range<usize>| self.bytes(entry.start + (rows.start * width) as u64, (rows.len() * width) as u64);
+        let Some(order) = order else {
+            return Ok(entry.block.repacked(read(&rows)?));
+        };
+        let in_file: Vec<usize> = rows.map(|row| order.in_file(row)).collect();
+        let first = in_file.iter().min().copied().unwrap_or(0);
+        let last = in_file.iter().max().copied().unwrap_or(0);
+        let found = read(&(first..last + 1))?;
+        let mut picked = Vec::with_capacity(in_file.len() * width);
+        in_file
+            .iter()
+            .for_each(|row| picked.extend_from_slice(&found[(row - first) * width..(row - first + 1) * width]));
+        Ok(entry.block.repacked(picked))
     }
 
     fn ggml_name(&self, name: &str) -> Result<String> {
         ggml_name(name, self.family).ok_or_else(|| self.error(format!("GGUF has no name for `{name}`")))
     }
 
-    /// Heads of a tensor whose rows are interleaved.
-    fn permuted(&self, name: &str) -> Option<usize> {
+    /// Order of the rows of a tensor whose heads are interleaved.
+    fn permuted(&self, name: &str, rows: usize) -> Option<RowOrder> {
         let (heads, kv_heads) = self.permuted_heads?;
+        let of_heads = |heads: usize| Some(RowOrder { head_dim: rows / heads });
         match name {
-            _ if name.contains("self_attn.q_proj.") => Some(heads),
-            _ if name.contains("self_attn.k_proj.") => Some(kv_heads),
+            _ if name.contains("self_attn.q_proj.") => of_heads(heads),
+            _ if name.contains("self_attn.k_proj.") => of_heads(kv_heads),
             _ => None,
         }
     }
@@ -275,19 +309,17 @@ pub(crate) fn ggml_name(name: &str, family: Family) -> Option<String> {
     Some(format!("{stem}.{kind}"))
 }
 
-/// Rows `[head][D/2][2]` back to `[head][2][D/2]`.
-fn unpermute<T: Copy>(rows: &[T], heads: usize, width: usize) -> Vec<T> {
-    let d = rows.len() / (heads * width);
-    let mut out = Vec::with_capacity(rows.len());
-    for head in 0..heads {
-        for half in 0..2 {
-            for i in 0..d / 2 {
-                let at = (head * d + 2 * i + half) * width;
-                out.extend_from_slice(&rows[at..at + width]);
-            }
-        }
+/// Rows `[head][D/2][2]` in the file that are `[head][2][D/2]` here.
+#[derive(Clone, Copy)]
+struct RowOrder {
+    head_dim: usize,
+}
+
+impl RowOrder {
+    fn in_file(self, row: usize) -> usize {
+        let (head, i, half) = (row / self.head_dim, row % self.head_dim, self.head_dim / 2);
+        head * self.head_dim + 2 * (i % half) + i / half
     }
-    out
 }
 
 impl TensorSource for GgufSource {
@@ -297,26 +329,25 @@ impl TensorSource for GgufSource {
 
     fn read(&self, name: &str) -> Result<Vec<f32>> {
         let values = self.unpack(&self.ggml_name(name)?)?;
-        let width = self.shape(name).map_or(1, |shape| shape.get(1).copied().unwrap_or(1));
-        Ok(match self.permuted(name) {
-            Some(heads) => unpermute(&values, heads, width),
+        let shape = self.shape(name).unwrap_or_default();
+        let (rows, width) = (shape.first().copied().unwrap_or(0), shape.get(1).copied().unwrap_or(1));
+        Ok(match self.permuted(name, rows) {
+            Some(order) => (0..rows).flat_map(|row| &values[order.in_file(row) * width..][..width]).copied().collect(),
             None => values,
         })
     }
 
     fn load(&self, name: &str, shape: &[usize], ops: &dyn Ops, dtype: Option<DType>) -> Result<Tensor> {
-        let ggml_name = self.ggml_name(name)?;
-        let stored = self.directory.tensors.get(&ggml_name).and_then(|entry| entry.block.stored());
+        let entry = self.entry(&self.ggml_name(name)?)?;
+        let stored = entry.block.stored();
         let dtype = dtype.or(stored).unwrap_or(DType::F32);
         // As they are in the file: to unpack and round them again takes longer, and may change them.
         if dtype.is_quantized() && stored == Some(dtype) && shape.len() == 2 {
-            let (block, bytes) = self.packed(&ggml_name)?;
-            let blocks = block.repacked(bytes);
-            let blocks = match self.permuted(name) {
-                Some(heads) => unpermute(&blocks, heads, dtype.bytes(shape[1])),
-                None => blocks,
-            };
-            return Ok(ops.upload_blocks(&blocks, shape, dtype)?);
+            let order = self.permuted(name, shape[0]);
+            return ops.upload_blocks(&|rows| self.rows(entry, rows, order), shape, dtype).map_err(|e| match e {
+                liger_tensor::Error::Read(source) => io(&self.path, "read")(source),
+                other => other.into(),
+            });
         }
         Ok(ops.upload(self.read(name)?, shape, dtype)?)
     }

@@ -4,12 +4,12 @@
 use std::arch::asm;
 use std::arch::x86_64::{
     __m512, _mm512_add_epi32, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_load_si512, _mm512_mul_ps,
-    _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16,
-    _mm512_store_si512, _mm512_storeu_ps, _mm512_sub_epi32,
+    _mm512_mullo_epi32, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    _mm512_srli_epi16, _mm512_store_si512, _mm512_storeu_ps, _mm512_sub_epi32,
 };
 
-use super::super::unpack::numbers;
-use super::{BLOCK, DType, Group, LANES, Line, Piece, STEP, avx512};
+use super::super::unpack::{offset, scale};
+use super::{BLOCK, Form, Group, LANES, Line, Piece, STEP, avx512, by_form};
 use crate::tiles::{self, SIDE};
 
 /// Lines of a block of bytes: what a tile of weights holds.
@@ -23,7 +23,9 @@ struct Sums([[[i32; LANES]; SIDE]; 2]);
 /// # Safety
 /// The CPU must have the tiles' products of bytes, and AVX-512 with VNNI.
 pub(super) unsafe fn piece(p: &Piece<'_>) {
-    let whole = p.rows.start + p.rows.len() / SIDE * SIDE;
+    // A tile's sums are of a whole block, which must have one scale.
+    let of_tiles = by_form!(p.w, F => F::PARTS) == 1;
+    let whole = p.rows.start + if of_tiles { p.rows.len() / SIDE * SIDE } else { 0 };
     if whole > p.rows.start {
         // Tiles 0 and 1 are sums, 2 rows, 3 outputs.
         let shapes = [(SIDE as u8, 64), (SIDE as u8, 64), (SIDE as u8, BLOCK as u16), (LINES as u8, 64)];
@@ -31,11 +33,7 @@ pub(super) unsafe fn piece(p: &Piece<'_>) {
         // SAFETY: the caller's promise.
         unsafe {
             tiles::configure(&shapes);
-            match (p.w.dtype == DType::Q8_0, p.w.offsets.is_empty()) {
-                (true, _) => all::<false, false>(&tiled),
-                (false, true) => all::<true, false>(&tiled),
-                (false, false) => all::<true, true>(&tiled),
-            }
+            by_form!(p.w, F => all::<F>(&tiled));
             tiles::release();
         }
     }
@@ -48,12 +46,12 @@ pub(super) unsafe fn piece(p: &Piece<'_>) {
 /// # Safety
 /// As [`piece`], with the tiles configured.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn all<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>) {
+unsafe fn all<F: Form>(p: &Piece<'_>) {
     for group in p.groups.clone() {
         let w = p.group(group);
         for row in p.rows.clone().step_by(SIDE) {
             // SAFETY: as this function's.
-            let totals = unsafe { tile::<FOUR, OFFSETS>(p, &w, row) };
+            let totals = unsafe { tile::<F>(p, &w, row) };
             for r in 0..SIDE {
                 let mut sums = [0.0f32; LANES];
                 // SAFETY: 16 floats, no alignment needed.
@@ -70,11 +68,10 @@ unsafe fn all<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>) {
 /// As [`all`].
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-unsafe fn tile<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>, w: &Group<'_>, row: usize) -> [__m512; SIDE] {
+unsafe fn tile<F: Form>(p: &Piece<'_>, w: &Group<'_>, row: usize) -> [__m512; SIDE] {
     let blocks = p.blocks();
-    let lines = if FOUR { LINES / 2 } else { LINES };
     let x = [p.row(row), p.row(row + SIDE - 1)];
-    assert!(w.quants.len() == blocks * lines && w.scales.len() == blocks);
+    w.check::<F>(blocks);
     assert!(
         x.iter().all(|x| x.bytes.len() == 2 * blocks * BLOCK && x.scales.len() == blocks && x.sums.len() == blocks)
     );
@@ -82,46 +79,39 @@ unsafe fn tile<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>, w: &Group<'
     let mut sums = [Sums([[[0; LANES]; SIDE]; 2]); 2];
     let mut totals = [_mm512_setzero_ps(); SIDE];
     // SAFETY: 16 rows of so many blocks, the first and the last of which were looked at.
-    unsafe { products::<FOUR>(&mut sums[0], &w.quants[..lines], x.bytes.as_ptr(), 2 * blocks * BLOCK) };
+    unsafe { products::<F>(&mut sums[0], &w.quants[..F::BITS], x.bytes.as_ptr(), 2 * blocks * BLOCK) };
     for b in 0..blocks {
         if b + 1 < blocks {
             let next = b + 1;
             // SAFETY: as above.
             unsafe {
                 let bytes = x.bytes.as_ptr().add(2 * next * BLOCK);
-                products::<FOUR>(
+                products::<F>(
                     &mut sums[next % 2],
-                    &w.quants[next * lines..(next + 1) * lines],
+                    &w.quants[next * F::BITS..(next + 1) * F::BITS],
                     bytes,
                     2 * blocks * BLOCK,
                 );
             }
         }
-        if row == p.rows.start {
-            w.ask_ahead(blocks + b, lines, OFFSETS);
-        }
-        let (weights_scale, Sums([high, low])) = (numbers(&w.scales[b]), &sums[b % 2]);
+        let (weights_scale, Sums([high, low])) = (scale::<F>(w, b, 0), &sums[b % 2]);
         for r in 0..SIDE {
             // SAFETY: as asserted for the first and the last of the rows, which follow each other; 64 bytes that are aligned by their type.
-            let (x_scale, x_sum, high, low) = unsafe {
+            let (x_scale, x_sums, high, low) = unsafe {
                 (
                     _mm512_set1_ps(*x.scales.as_ptr().add(r * blocks + b)),
-                    _mm512_set1_epi32(*x.sums.as_ptr().add(r * blocks + b)),
+                    *x.sums.as_ptr().add(r * blocks + b),
                     _mm512_load_si512(high[r].as_ptr().cast()),
                     _mm512_load_si512(low[r].as_ptr().cast()),
                 )
             };
-            let mut sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
-            // The zero is 128 or 8; where there are offsets, it is in them.
-            if !FOUR {
-                sum = _mm512_sub_epi32(sum, _mm512_slli_epi32::<7>(x_sum));
-            } else if !OFFSETS {
-                sum = _mm512_sub_epi32(sum, _mm512_slli_epi32::<3>(x_sum));
-            }
+            let x_sum = _mm512_set1_epi32(x_sums[0].wrapping_add(x_sums[1]));
+            let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), low);
+            let sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(x_sum, _mm512_set1_epi32(F::ZERO)));
             totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(weights_scale, x_scale), totals[r]);
-            if OFFSETS {
+            if F::OFFSETS {
                 let sum = _mm512_mul_ps(x_scale, _mm512_cvtepi32_ps(x_sum));
-                totals[r] = _mm512_fmadd_ps(numbers(&w.offsets[b]), sum, totals[r]);
+                totals[r] = _mm512_fmadd_ps(offset::<F>(w, b), sum, totals[r]);
             }
         }
     }
@@ -134,9 +124,9 @@ unsafe fn tile<const FOUR: bool, const OFFSETS: bool>(p: &Piece<'_>, w: &Group<'
 /// As [`all`]; from `x` on there must be 16 rows, `stride` bytes apart, of 32 high and 32 low bytes.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-unsafe fn products<const FOUR: bool>(sums: &mut Sums, quants: &[Line], x: *const i8, stride: usize) {
+unsafe fn products<F: Form>(sums: &mut Sums, quants: &[Line], x: *const i8, stride: usize) {
     let mut unpacked = [Line([0; 64]); LINES];
-    let weights = if FOUR {
+    let weights = if F::BITS == 4 {
         let low = _mm512_set1_epi8(15);
         for (line, quants) in quants.iter().enumerate() {
             // SAFETY: 64 bytes each that are aligned by their type.
