@@ -169,6 +169,9 @@ impl Group<'_> {
         if F::BITS < 8 {
             prefetch(self.quants.as_ptr().wrapping_add((block + AHEAD) * F::BITS), F::BITS);
         }
+        if F::FINE {
+            prefetch(self.fine.as_ptr().wrapping_add(block + AHEAD), 1);
+        }
     }
 }
 
