@@ -14,7 +14,7 @@ use super::{Block, Fine, LANES, Line, Quantized, STEP, Sixteen, pack};
 use crate::element::Element;
 use crate::parallel::Disjoint;
 #[cfg(target_arch = "x86_64")]
-use crate::{prefetch::prefetch, tiles};
+use crate::{prefetch::prefetch_far, tiles};
 
 /// Outputs `groups` of `rows`.
 pub(super) struct Piece<'a> {
@@ -161,16 +161,15 @@ impl Group<'_> {
         assert!(self.fine.len() == if F::FINE { blocks } else { 0 });
     }
 
-    /// Asks for the block that comes some blocks later: of fewer bits, more is computed for each line than the CPU looks ahead over.
+    /// Asks for the block that comes some blocks later, in this group or the next one: of few bits, more is computed for each line than the
+    /// CPU looks ahead over.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn ask_ahead<F: Form>(&self, block: usize) {
-        const AHEAD: usize = 12;
-        if F::BITS < 8 {
-            prefetch(self.quants.as_ptr().wrapping_add((block + AHEAD) * F::BITS), F::BITS);
-        }
+        const AHEAD: usize = 24;
+        prefetch_far(self.quants.as_ptr().wrapping_add((block + AHEAD) * F::BITS), F::BITS);
         if F::FINE {
-            prefetch(self.fine.as_ptr().wrapping_add(block + AHEAD), 1);
+            prefetch_far(self.fine.as_ptr().wrapping_add(block + AHEAD), 1);
         }
     }
 }
