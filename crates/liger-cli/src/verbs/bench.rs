@@ -324,7 +324,12 @@ impl Bench<'_> {
         let (q, kv) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         let (mut work, mut time) = (0.0, 0.0);
         for (out, input, count) in [(q, d, 1), (kv, d, 2), (d, q, 1), (ff, d, 2), (d, ff, 1)] {
-            let weights = self.decoder.weights().dtype();
+            // No numbers are rounded to what only files have: their nearest types.
+            let weights = match self.decoder.weights().dtype() {
+                DType::Q4K => DType::Q4_1,
+                DType::Q6K => DType::Q8_0,
+                other => other,
+            };
             let tensor = |rows: usize| ops.random(&[tokens, rows], 1.0, 1, ops.activations());
             let (x, w, y) = (tensor(input)?, ops.random(&[out, input], 1.0, 1, weights)?, tensor(out)?);
             let (mut forward, mut gradient) = (ops.empty(&[tokens, out])?, ops.empty(&[tokens, input])?);
