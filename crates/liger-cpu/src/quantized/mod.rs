@@ -1,4 +1,4 @@
-//! Frozen weights of 8 or 4 bits, and their products with activations that are rounded to 16 bits a block as they come (8 bits
+//! Frozen weights of 8, 6 or 4 bits, and their products with activations that are rounded to 16 bits a block as they come (8 bits
 //! cost a model of 135 M parameters half a percent of perplexity).
 //!
 //! Of a block of 32 terms the sum is one of integers, `sum q_w q_x`; scales are applied to it in float32. Weights lie so that
@@ -240,6 +240,19 @@ mod tests {
     pub(super) fn packed(blocks: &[u8], (n, k): (usize, usize), dtype: DType) -> Quantized {
         let row = dtype.bytes(k);
         Quantized::pack(&|rows| Ok(blocks[rows.start * row..rows.end * row].to_vec()), (n, k), dtype).unwrap()
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_an_error() {
+        let read = |rows: Range<usize>| match rows.start {
+            0 => Ok(vec![0; rows.len() * DType::Q8_0.bytes(8192)]),
+            _ => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        };
+        let found = Cpu::new().upload_blocks(&read, &[1000, 8192], DType::Q8_0);
+        assert!(matches!(found, Err(liger_tensor::Error::Read(_))));
+        // Rows of 8,224 are blocks of 32, but not of 256.
+        let found = Cpu::new().upload_blocks(&read, &[16, 8224], DType::Q6K);
+        assert!(matches!(found, Err(liger_tensor::Error::Shape { .. })));
     }
 
     #[test]
