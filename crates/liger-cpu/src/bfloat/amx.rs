@@ -1,7 +1,7 @@
 //! By the matrix units: 32 rows times 16 outputs in two tiles of 16 x 16 sums, 32 terms at a time.
 //!
 //! Four tiles of sums would need a third fewer loads, but they take all eight tiles. Where another program runs on the other half of
-//! the core, a product then takes four times as long, with four tiles in use twice as long (docs/benchmarks.md): as if a thread
+//! the core, a product then takes four times as long, with four tiles in use twice as long (docs/experiments.md): as if a thread
 //! had few more than eight to rename, so that loads wait for products.
 //!
 //! All panels go by 32 rows before the next 32 are looked at, some terms at a time: those of the rows stay in the first cache, and

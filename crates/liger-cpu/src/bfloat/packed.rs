@@ -13,7 +13,7 @@ use crate::gemm::Matrix;
 use crate::parallel::threads;
 
 /// Most elements of a matrix for which it pays: larger ones are cut into so many groups of panels that each of a few threads packs and
-/// multiplies its own, in its caches, and a large model's memory is not to be taken three times (docs/benchmarks.md).
+/// multiplies its own, in its caches, and a large model's memory is not to be taken three times (docs/experiments.md).
 const MOST: usize = 8 << 20;
 
 /// Panels of a matrix `w [out, in]`, packed when they are first wanted.

@@ -1,6 +1,6 @@
 //! How weights of so many bits are written, and what the loops over them have to know of it. Of every loop there is a version a form.
 
-use liger_tensor::quantize::BLOCK;
+use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
 
 use super::STEP;
 
@@ -16,6 +16,12 @@ pub(super) trait Form {
     const PARTS: usize = 1;
     /// Steps of four terms in a part.
     const STEPS: usize = BLOCK / STEP / Self::PARTS;
+
+    /// Place of a block's scale and offset: of its own, or of the 256 terms that it is among.
+    #[inline(always)]
+    fn number(block: usize) -> usize {
+        if Self::FINE { block / (SUPER_BLOCK / BLOCK) } else { block }
+    }
 
     /// The step that comes at place `i` of a part: of four bits two lie in the same line, which is loaded once.
     #[inline(always)]

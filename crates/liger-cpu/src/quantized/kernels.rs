@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
+use liger_tensor::quantize::BLOCK;
 
 use super::form::{Form, Q8_0, by_form};
 use super::rounded::Rows;
@@ -145,17 +145,11 @@ pub(super) struct Group<'a> {
     pub(super) fine: &'a [Fine],
 }
 
-/// Number that goes with a block: of its own, or of the 256 terms that it is among.
-#[inline(always)]
-pub(super) fn number<F: Form>(block: usize) -> usize {
-    if F::FINE { block / (SUPER_BLOCK / BLOCK) } else { block }
-}
-
 impl Group<'_> {
     /// Panics unless it has so many blocks.
     #[inline(always)]
     fn check<F: Form>(&self, blocks: usize) {
-        let numbers = number::<F>(blocks);
+        let numbers = F::number(blocks);
         assert!(self.quants.len() == blocks * F::BITS && self.scales.len() == numbers);
         assert!(self.offsets.len() == if F::OFFSETS { numbers } else { 0 });
         assert!(self.fine.len() == if F::FINE { blocks } else { 0 });
@@ -369,7 +363,7 @@ mod avx2 {
         _mm256_setzero_si256, _mm256_storeu_ps,
     };
 
-    use super::{BLOCK, Fine, Form, LANES, Line, Piece, Q8_0, STEP, by_form, number};
+    use super::{BLOCK, Fine, Form, LANES, Line, Piece, Q8_0, STEP, by_form};
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn piece(p: &Piece<'_>) {
@@ -450,7 +444,7 @@ mod avx2 {
                     }
                 }
                 for half in 0..2 {
-                    let mut scale = numbers(&w.scales[number::<F>(b)].0, half);
+                    let mut scale = numbers(&w.scales[F::number(b)].0, half);
                     if F::FINE {
                         let fine = bytes(&w.fine[b], part * LANES + 8 * half, F::PARTS == 2);
                         scale = _mm256_mul_ps(scale, fine);
@@ -468,7 +462,7 @@ mod avx2 {
             }
             if F::OFFSETS {
                 for half in 0..2 {
-                    let mut offset = numbers(&w.offsets[number::<F>(b)].0, half);
+                    let mut offset = numbers(&w.offsets[F::number(b)].0, half);
                     if F::FINE {
                         offset = _mm256_mul_ps(offset, bytes(&w.fine[b], LANES + 8 * half, false));
                     }

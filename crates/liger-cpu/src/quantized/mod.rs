@@ -18,7 +18,7 @@ use std::marker::PhantomData;
 
 use bytemuck::{Pod, Zeroable};
 use half::f16;
-use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
+use liger_tensor::quantize::BLOCK;
 use liger_tensor::{DType, DeviceMemory};
 
 use self::form::{Form, by_form};
@@ -116,11 +116,11 @@ struct Block<'a, F> {
 
 impl<'a, F: Form> Block<'a, F> {
     fn at(w: &'a Quantized, at: usize) -> Self {
-        let numbers = if F::FINE { at / (SUPER_BLOCK / BLOCK) } else { at };
+        let number = F::number(at);
         Self {
             lines: &w.quants[at * F::BITS..(at + 1) * F::BITS],
-            scales: &w.scales[numbers],
-            offsets: w.offsets.get(numbers),
+            scales: &w.scales[number],
+            offsets: w.offsets.get(number),
             fine: w.fine.get(at),
             form: PhantomData,
         }
@@ -197,7 +197,7 @@ mod tests {
     use std::ops::Range;
 
     use half::bf16;
-    use liger_tensor::quantize::quantize;
+    use liger_tensor::quantize::{SUPER_BLOCK, quantize};
     use liger_tensor::{Buffer, Gemm, Ops, Storage, Tensor};
 
     use super::*;

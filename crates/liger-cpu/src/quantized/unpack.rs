@@ -1,4 +1,5 @@
-//! Blocks of quantised weights in bfloat16, for products of many rows: unpacked a few panels at a time into a core's cache.
+//! Quants and scales of quantised weights by AVX-512, for all its products with them; and blocks of them in bfloat16, for products of many
+//! rows: unpacked a few panels at a time into a core's cache.
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _mm_load_si128, _mm256_load_si256, _mm512_and_si512, _mm512_cvtepi8_epi32,
@@ -8,10 +9,10 @@ use std::arch::x86_64::{
 };
 use std::ops::Range;
 
-use liger_tensor::quantize::{BLOCK, SUPER_BLOCK};
+use liger_tensor::quantize::BLOCK;
 
 use super::form::by_form;
-use super::kernels::{Group, number};
+use super::kernels::Group;
 use super::{Fine, LANES, Line, Quantized, Sixteen};
 use crate::bfloat::pack::{Blocks, Form, ROWS};
 
@@ -37,14 +38,13 @@ impl Blocks for &Quantized {
 fn weights<F: super::Form>(w: &Quantized, group: usize, block: usize) -> [__m512i; ROWS] {
     let of_row = w.columns / BLOCK;
     let at = group * of_row + block;
-    let numbers_at = if F::FINE { at / (SUPER_BLOCK / BLOCK) } else { at };
     let fine = w.fine.get(at);
     let lines = &w.quants[at * F::BITS..(at + 1) * F::BITS];
     let mut out = [_mm512_setzero_si512(); ROWS];
     for part in 0..F::PARTS {
-        let scale = with_fine::<F>(&w.scales[numbers_at], fine, part);
+        let scale = with_fine::<F>(&w.scales[F::number(at)], fine, part);
         let offset = match F::OFFSETS {
-            true => with_fine::<F>(&w.offsets[numbers_at], fine, 1),
+            true => with_fine::<F>(&w.offsets[F::number(at)], fine, 1),
             false => _mm512_mul_ps(scale, _mm512_set1_ps(-(F::ZERO as f32))),
         };
         for i in 0..F::STEPS {
@@ -85,14 +85,14 @@ pub(super) fn quants<F: super::Form>(lines: &[Line], step: usize) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
 pub(super) fn scale<F: super::Form>(w: &Group<'_>, b: usize, part: usize) -> __m512 {
-    with_fine::<F>(&w.scales[number::<F>(b)], w.fine.get(b), part)
+    with_fine::<F>(&w.scales[F::number(b)], w.fine.get(b), part)
 }
 
 /// Offsets of block `b`, where there are such.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
 pub(super) fn offset<F: super::Form>(w: &Group<'_>, b: usize) -> __m512 {
-    with_fine::<F>(&w.offsets[number::<F>(b)], w.fine.get(b), 1)
+    with_fine::<F>(&w.offsets[F::number(b)], w.fine.get(b), 1)
 }
 
 /// Float16 numbers, where scales are fine times the first or the last bytes of a block. Where a block has two scales these are signed.
@@ -149,9 +149,9 @@ fn order() -> __m512i {
 #[cfg(test)]
 mod tests {
     use half::bf16;
+    use liger_tensor::quantize::SUPER_BLOCK;
 
     use super::super::tests::{blocks, numbers, packed};
-    use super::*;
     use crate::bfloat;
 
     #[test]

@@ -7,7 +7,7 @@ use std::arch::aarch64::{
 };
 use std::arch::asm;
 
-use super::{BLOCK, Fine, Form, LANES, Line, Piece, Q8_0, STEP, Sixteen, by_form, number};
+use super::{BLOCK, Fine, Form, LANES, Line, Piece, Q8_0, STEP, Sixteen, by_form};
 
 /// Vectors of four outputs in a group.
 const QUARTERS: usize = LANES / 4;
@@ -125,7 +125,7 @@ fn tile<const R: usize, F: Form>(p: &Piece<'_>, row: usize, group: usize) {
                 }
             }
             for quarter in 0..QUARTERS {
-                let mut scale = numbers(&w.scales[number::<F>(b)], quarter);
+                let mut scale = numbers(&w.scales[F::number(b)], quarter);
                 if F::FINE {
                     scale = vmulq_f32(scale, bytes(&w.fine[b], part * LANES + 4 * quarter, F::PARTS == 2));
                 }
@@ -138,7 +138,7 @@ fn tile<const R: usize, F: Form>(p: &Piece<'_>, row: usize, group: usize) {
         }
         if F::OFFSETS {
             for quarter in 0..QUARTERS {
-                let mut offset = numbers(&w.offsets[number::<F>(b)], quarter);
+                let mut offset = numbers(&w.offsets[F::number(b)], quarter);
                 if F::FINE {
                     offset = vmulq_f32(offset, bytes(&w.fine[b], LANES + 4 * quarter, false));
                 }
